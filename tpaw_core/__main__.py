@@ -1,0 +1,3 @@
+from tpaw_core.cli import main
+
+main()

@@ -1,0 +1,196 @@
+"""The command line: one sub-command a stage, plus data, use, register, report, up, down and status.
+
+Heavy imports happen inside the stages, so that `tpaw --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Annotated
+
+import typer
+
+from tpaw_core.errors import TpawError
+
+app = typer.Typer(
+    help="Team-based self-play with dual adaptive weighting (TPAW).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+AtIteration = Annotated[int, typer.Option("--iteration", "-t", min=1, help="The iteration; t makes checkpoint t.")]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
+
+
+def main() -> None:
+    """Run a command; an error is one message on stderr and exit status 1, with a traceback only where asked for."""
+    show = "--traceback" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--traceback"]
+    try:
+        app()
+    except TpawError as error:
+        if show:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if show or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; free space or mend the file's rights", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.callback()
+def _callback() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+@app.command()
+def use(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe's name; left out, the active params are changed.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
+) -> None:
+    """Switch params.yaml to a recipe, with overrides."""
+    from tpaw_core import config, workspace
+
+    given = list(overrides or [])
+    if recipe is not None and "=" in recipe:
+        recipe, given = None, [recipe, *given]
+    params, text = config.resolve(recipe, given)
+    with workspace.publish(config.PARAMS_FILE) as aside:
+        aside.write_text(text, encoding="utf-8")
+    print(f"params.yaml: recipe {params.recipe}{', ' + ', '.join(given) if given else ''}")
+
+
+@app.command()
+def data() -> None:
+    """Make data/ from the recipe's rows."""
+    from tpaw_core import config, stages
+
+    counts = stages.prepare_data(config.load())
+    print(f"data/: {counts['train']} train rows, {counts['heldout']} held-out rows")
+
+
+@app.command()
+def sft() -> None:
+    """Make checkpoint 0."""
+    _stage("sft")
+
+
+@app.command()
+def generate(iteration: AtIteration) -> None:
+    """Let checkpoint t-1 answer the training prompts."""
+    _stage("generate", iteration)
+
+
+@app.command()
+def team(iteration: AtIteration) -> None:
+    """Choose the team from the registry."""
+    _stage("assemble_team", iteration)
+
+
+@app.command()
+def weights(iteration: AtIteration) -> None:
+    """Score the triplets and compute the player weights."""
+    _stage("weigh", iteration)
+
+
+@app.command()
+def train(iteration: AtIteration) -> None:
+    """Make checkpoint t."""
+    _stage("train", iteration)
+
+
+@app.command()
+def evaluate(iteration: Annotated[int, typer.Option("--iteration", "-t", min=0, help="The checkpoint.")]) -> None:
+    """Run the benchmarks on checkpoint t."""
+    _stage("evaluate", iteration)
+
+
+@app.command()
+def report() -> None:
+    """Write report/ from what was measured, and print its table."""
+    _stage("report")
+    from tpaw_core import report as pages
+
+    print(pages.table())
+
+
+@app.command()
+def register(
+    again: Annotated[bool, typer.Option("--again", help="Bring back versions that were deleted.")] = False,
+) -> None:
+    """Make sure that every checkpoint is registered in MLflow."""
+    from tpaw_core import config, stages
+
+    for iteration, version in stages.register(config.load(), again=again):
+        print(f"checkpoint {iteration}: {f'version {version}' if version else 'deleted from the registry (--again)'}")
+
+
+@app.command()
+def up() -> None:
+    """Start Prefect, MLflow and the worker on this machine."""
+    from tpaw_core import services
+
+    services.up()
+
+
+@app.command()
+def down() -> None:
+    """Stop what `tpaw up` started."""
+    from tpaw_core import services
+
+    services.down()
+
+
+@app.command()
+def status() -> None:
+    """Say which services run."""
+    from tpaw_core import services
+
+    services.print_status()
+
+
+def _stage(name: str, iteration: int | None = None) -> None:
+    from tpaw_core import config
+
+    params = config.load()
+    if iteration is not None and iteration > len(params.iterations):
+        raise TpawError(f"--iteration {iteration}: params.yaml has {len(params.iterations)} iterations; add it there")
+    _die_with_owner()
+    from tpaw_core import stages
+
+    started = time.monotonic()
+    function = getattr(stages, name)
+    function(params) if iteration is None else function(params, iteration)
+    print(f"{name}{'' if iteration is None else f' {iteration}'}: {time.monotonic() - started:.1f} s", flush=True)
+
+
+def _die_with_owner() -> None:
+    """End this stage when whoever started it is gone, so that a killed flow leaves no second writer behind."""
+    import psutil
+
+    owners = [psutil.Process(os.getppid())] if os.getppid() > 1 else []
+    if flow := os.environ.get("TPAW_OWNER"):
+        if not psutil.pid_exists(int(flow)):
+            raise TpawError(f"the flow (process {flow}) that started this stage is gone")
+        owners.append(psutil.Process(int(flow)))
+
+    def watch() -> None:
+        while True:
+            time.sleep(0.5)
+            for owner in owners:
+                if not owner.is_running() or owner.status() == psutil.STATUS_ZOMBIE:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,301 @@
+"""The parameters: one typed tree, one YAML file, dotted overrides. Field names are Hugging Face's where they have one.
+
+Knows YAML and types; must not know torch, stages or services.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from tpaw_core.errors import TpawError
+
+PARAMS_FILE = Path("params.yaml")
+RECIPES = Path("recipes")
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+
+
+class Scratch(Section):
+    """A Llama-architecture model and a byte-level BPE tokenizer made from the training rows."""
+
+    vocab_size: Annotated[int, Field(ge=300)] = 512
+    hidden_size: Count = 128
+    intermediate_size: Count = 384
+    num_hidden_layers: Count = 3
+    num_attention_heads: Count = 4
+
+
+class Model(Section):
+    model_name_or_path: str | None = None  # hub id or local folder; null: train `scratch` from nothing
+    revision: str | None = None
+    chat_template: str | None = None  # Jinja text for a tokenizer that has none
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of checkpoints on disk, generation and scoring
+    max_length: Count = 1024  # prompt and response together, in tokens
+    scratch: Scratch | None = None
+
+
+class Data(Section):
+    path: str  # "arithmetic", a JSONL / Parquet / CSV file, or a hub id
+    heldout_path: str | None = None  # a second file; a hub data set uses heldout_split
+    train_split: str = "train"
+    heldout_split: str = "test"
+    format: Literal["auto", "mawps"] = "auto"
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    max_train_rows: Count | None = None
+    max_heldout_rows: Count | None = None
+    drop_overlap: bool = False  # leave held-out rows out whose prompt is in train, instead of stopping
+    max_skipped: Fraction = 0.01  # share of unusable rows above which a stage stops
+
+
+class Optimisation(Section):
+    """What sft and training share; each field is transformers.TrainingArguments' field of the same name."""
+
+    learning_rate: Positive
+    num_train_epochs: Positive
+    per_device_train_batch_size: Count  # prompts, each with its target and (in training) all responses of the team
+    gradient_accumulation_steps: Count = 1
+    optim: str = "adamw_torch"
+    weight_decay: NotNegative = 0.0
+    lr_scheduler_type: str = "linear"
+    warmup_ratio: Fraction = 0.1
+    max_grad_norm: NotNegative = 1.0
+    bf16: bool = False
+    activation_checkpointing: bool = False
+    save_steps: Count = 100  # a multiple of logging_steps, so that a resumed log equals an uninterrupted one
+    logging_steps: Count = 10
+
+    @model_validator(mode="after")
+    def _save_after_log(self) -> Optimisation:
+        if self.save_steps % self.logging_steps:
+            raise ValueError(f"save_steps: must be a multiple of logging_steps ({self.logging_steps})")
+        return self
+
+
+class Sft(Optimisation):
+    enabled: bool = True  # false: checkpoint 0 is model.model_name_or_path as it is
+
+
+class Generation(Section):
+    backend: Literal["transformers", "vllm"] = "transformers"
+    python: str | None = None  # interpreter that has vllm; null: .venv-vllm/bin/python
+    temperature: NotNegative = 1.0  # 0: greedy
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: Count = 512
+    batch_size: Count = 64
+
+
+class Team(Section):
+    policy: Literal["latest"] = "latest"
+    size: Count = 3
+    exclude: list[int | str] = []  # iterations or checkpoint digests that never play
+
+
+class Objective(Section):
+    name: Literal["tpaw", "spin"] = "tpaw"
+    lambda_: Positive = Field(0.1, alias="lambda")
+    eta: Annotated[float, Field(ge=1)] = 6.0
+    gamma: NotNegative = 0.5
+    target_weighting: bool = True  # TRW; false: alpha = 1
+    player_weighting: bool = True  # MPW; false: beta = 1 / players
+
+
+class Evaluation(Section):
+    """lm-evaluation-harness tasks by name; `heldout` is this project's task on data/heldout.jsonl."""
+
+    tasks: Annotated[list[str], Field(min_length=1)] = ["heldout"]
+    primary: str = "heldout"
+    metric: str = "exact_match"
+    answer_pattern: str = r"#### (\-?[0-9\.\,]+)"
+    max_new_tokens: Count = 512
+    batch_size: Count = 64
+    limit: Count | None = None
+
+
+class Iteration(Section):
+    """One entry of `iterations`: its parent, and what this iteration alone sets differently."""
+
+    previous: Annotated[int, Field(ge=0)]
+    learning_rate: Positive | None = None
+    lambda_: Positive | None = Field(None, alias="lambda")
+
+
+class Params(Section):
+    recipe: str
+    seed: int = 42
+    model: Model
+    data: Data
+    sft: Sft
+    generation: Generation = Generation()
+    team: Team = Team()
+    objective: Objective = Objective()
+    training: Optimisation
+    evaluation: Evaluation = Evaluation()
+    iterations: Annotated[dict[str, Iteration], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _agree(self) -> Params:
+        if self.model.model_name_or_path is None and self.model.scratch is None:
+            raise ValueError("model: give model_name_or_path, or scratch to train a small model from nothing")
+        if self.model.model_name_or_path is None and not self.sft.enabled:
+            raise ValueError("sft.enabled: a model from scratch knows nothing; set it to true, or name a ready model")
+        if self.objective.name == "spin" and self.team.size != 1:
+            raise ValueError("team.size: objective.name=spin has one player; set team.size=1")
+        if self.evaluation.primary not in self.evaluation.tasks:
+            raise ValueError(f"evaluation.primary: {self.evaluation.primary!r} is not in evaluation.tasks")
+        for number, (key, entry) in enumerate(self.iterations.items(), start=1):
+            if key != str(number) or entry.previous != number - 1:
+                raise ValueError(f"iterations.{key}: write '{number}': {{previous: {number - 1}}} here, in this order")
+        return self
+
+    def objective_at(self, iteration: int) -> Objective:
+        """The objective of one iteration: `iterations.<t>.lambda` wins; SPIN has alpha = 1 and no player weights."""
+        changes: dict[str, Any] = {}
+        if (own := self.iterations[str(iteration)].lambda_) is not None:
+            changes["lambda_"] = own
+        if self.objective.name == "spin" or not self.objective.target_weighting:
+            changes["eta"] = 1.0
+        if self.objective.name == "spin" or not self.objective.player_weighting:
+            changes["gamma"] = 0.0
+        return self.objective.model_copy(update=changes)
+
+    def training_at(self, iteration: int) -> Optimisation:
+        """The optimisation of one iteration: `iterations.<t>.learning_rate` wins."""
+        own = self.iterations[str(iteration)].learning_rate
+        return self.training if own is None else self.training.model_copy(update={"learning_rate": own})
+
+    def digest(self) -> str:
+        return digest(self.model_dump(by_alias=True))
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON of ``value``."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_yaml(path: Path) -> Any:
+    """The tree in a YAML file, comments kept for writing it again."""
+    try:
+        tree = _yaml().load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TpawError(f"{path}: no such file; run from the project's folder, or `tpaw use demo` to make it") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise TpawError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise TpawError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
+    return tree
+
+
+def load(path: Path = PARAMS_FILE) -> Params:
+    return validate(read_yaml(path), str(path))
+
+
+def recipe_path(name: str) -> Path:
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.exists():
+        known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        raise TpawError(f"recipe {name!r}: no such recipe{_near(name, known)}; there are: {', '.join(known)}")
+    return path
+
+
+def resolve(
+    recipe: str | None, overrides: Iterable[str] = (), iterations: int | None = None, path: Path = PARAMS_FILE
+) -> tuple[Params, str]:
+    """Params after switching to ``recipe`` (None: stay with ``path``) and applying dotted ``overrides``.
+
+    ``iterations`` lengthens the list of iterations where it is too short; it never shortens it. Returns the params
+    and the YAML text that says the same.
+    """
+    source = path if recipe is None else recipe_path(recipe)
+    tree = read_yaml(source)
+    for override in overrides:
+        _override(tree, override)
+    known = tree.get("iterations")
+    if isinstance(known, dict):
+        for number in range(len(known) + 1, (iterations or 0) + 1):
+            known[str(number)] = {**known.get(str(number - 1), {}), "previous": number - 1}
+    text = StringIO()
+    _yaml().dump(tree, text)
+    return validate(tree, str(source)), text.getvalue()
+
+
+def validate(tree: Mapping[str, Any], source: str) -> Params:
+    try:
+        return Params.model_validate(json.loads(json.dumps(tree)))
+    except ValidationError as error:
+        raise TpawError("\n".join(_explain(item, source) for item in error.errors())) from None
+
+
+def _yaml() -> YAML:
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 120
+    return yaml
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise TpawError(f"override {override!r}: write it as section.key=value, e.g. objective.eta=4")
+    *parents, last = key.split(".")
+    for parent in parents:
+        if not isinstance(tree, dict):
+            raise TpawError(f"override {override!r}: {parent!r} lies inside a value, not a section")
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+    if not isinstance(tree, dict):
+        raise TpawError(f"override {override!r}: {last!r} lies inside a value, not a section")
+    try:
+        tree[last] = YAML(typ="safe").load(text)
+    except YAMLError as error:
+        raise TpawError(f"override {override!r}: not a YAML value: {error}") from None
+
+
+def _explain(item: Any, source: str) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        return f"{source}: unknown key {key!r}{_near(location[-1], _fields(location[:-1]))}; remove it or mend its name"
+    if item["type"] == "missing":
+        return f"{source}: {key!r} is missing; add it"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{source}: {key}: {message}, got {item['input']!r}" if key else f"{source}: {message}"
+
+
+def _fields(location: list[str]) -> list[str]:
+    model: Any = Params
+    for part in location:
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            break
+        if part not in model.model_fields:
+            return []
+        annotation = model.model_fields[part].annotation
+        model = next((a for a in (annotation, *get_args(annotation)) if _is_section(a)), Iteration)
+    return [field.alias or name for name, field in model.model_fields.items()] if _is_section(model) else []
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""

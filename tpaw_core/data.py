@@ -1,0 +1,227 @@
+"""Rows in: prompts with their target responses, from JSONL, Parquet, CSV, a hub id or the demo's corpus.
+
+Knows rows; must not know tokens (template does) or models.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tpaw_core import corpus, workspace
+from tpaw_core.config import Data
+from tpaw_core.errors import TpawError
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Row:
+    prompt_id: str  # digest of prompt and completion
+    prompt: list[Message]
+    completion: str
+
+
+class Unusable(ValueError):
+    """One row that cannot be used, and why."""
+
+
+def prepare(data: Data, seed: int) -> dict[str, int]:
+    """Write data/train.jsonl and data/heldout.jsonl from the recipe's source; gives the counts of rows.
+
+    Reads: data.path (and heldout_path). Writes: data/. Refuses: a missing, empty or broken file, more than
+    data.max_skipped unusable rows, one prompt in both train and held-out.
+    """
+    if data.path == "arithmetic":
+        train_count, heldout_count = data.max_train_rows or 4000, data.max_heldout_rows or 1000
+        pairs = [
+            {"prompt": problem, "completion": answer} for problem, answer in corpus.problems(train_count + heldout_count, seed)
+        ]
+        sources = {"arithmetic": pairs[:train_count]}, {"arithmetic": pairs[train_count:]}
+    elif _is_file(data.path):
+        if data.heldout_path is None:
+            raise TpawError("data.heldout_path: name the file with the held-out rows")
+        sources = _file(Path(data.path)), _file(Path(data.heldout_path))
+    else:
+        sources = _hub(data.path, data.train_split), _hub(data.path, data.heldout_split)
+    train = _usable(sources[0], data, data.max_train_rows)
+    heldout = _usable(sources[1], data, data.max_heldout_rows)
+    heldout = _apart(train, heldout, next(iter(sources[1])), data.drop_overlap)
+    for path, rows in ((workspace.TRAIN_ROWS, train), (workspace.HELDOUT_ROWS, heldout)):
+        with workspace.publish(path) as aside:
+            aside.write_text("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return {"train": len(train), "heldout": len(heldout)}
+
+
+def _apart(train: list[Row], heldout: list[Row], name: str, drop_overlap: bool) -> list[Row]:
+    """The held-out rows whose prompt is not in train."""
+    seen = {json.dumps(row.prompt) for row in train}
+    shared = [row for row in heldout if json.dumps(row.prompt) in seen]
+    if shared and not drop_overlap:
+        raise TpawError(
+            f"{name}: {len(shared)} held-out prompts are also in train, the first {shared[0].prompt[-1]['content'][:60]!r}; "
+            "remove them from one of the two, or set data.drop_overlap=true to leave them out of held-out"
+        )
+    if shared:
+        print(f"{name}: {len(shared)} of {len(heldout)} held-out rows left out, as their prompts are in train", flush=True)
+    kept = [row for row in heldout if json.dumps(row.prompt) not in seen]
+    if not kept:
+        raise TpawError(f"{name}: every held-out prompt is also in train; give other held-out rows")
+    return kept
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of data/train.jsonl or data/heldout.jsonl."""
+    workspace.need(path, "make it with `tpaw data`")
+    rows = [Row(**{k: row[k] for k in ("prompt_id", "prompt", "completion")}) for row in _jsonl(path)]
+    if not rows:
+        raise TpawError(f"{path}: holds no rows; make it again with `tpaw data`")
+    return rows
+
+
+def _usable(source: dict[str, Iterable[Any]], data: Data, limit: int | None) -> list[Row]:
+    (name, raw), reasons, rows, seen = next(iter(source.items())), [], [], set()
+    total = repeated = 0
+    for number, item in enumerate(raw, start=1):
+        if limit is not None and len(rows) == limit:
+            break
+        total = number
+        try:
+            row = _row(_mawps(item) if data.format == "mawps" else item, data)
+            if row.prompt_id in seen:
+                repeated += 1
+                continue
+            seen.add(row.prompt_id)
+            rows.append(row)
+        except Unusable as reason:
+            reasons.append(f"row {number}: {reason}")
+    if repeated:
+        print(f"{name}: {repeated} of {total} rows repeat an earlier row and are left out", flush=True)
+    refuse_if_too_many(name, reasons, total, data.max_skipped)
+    if not rows:
+        raise TpawError(f"{name}: holds no rows; give a file with one row a line")
+    return rows
+
+
+def refuse_if_too_many(name: str, reasons: list[str], total: int, max_skipped: float) -> None:
+    """Report rows that cannot be used; raise where they are more than the share ``max_skipped``."""
+    if not reasons:
+        return
+    summary = f"{name}: {len(reasons)} of {total} rows cannot be used; first: {'; '.join(reasons[:3])}"
+    if len(reasons) > max_skipped * total:
+        raise TpawError(f"{summary}. Mend the rows, or raise data.max_skipped (now {max_skipped})")
+    print(summary, flush=True)
+
+
+def _row(item: Any, data: Data) -> Row:
+    if not isinstance(item, dict):
+        raise Unusable(f"is {type(item).__name__}, not an object with named fields")
+    if isinstance(item.get("messages"), list):
+        *prompt, last = item["messages"] or [None]
+        if not prompt or not isinstance(last, dict) or last.get("role") != "assistant":
+            raise Unusable("'messages' must hold a prompt and end with the assistant's target")
+        completion = last.get("content")
+    else:
+        for column in (data.prompt_column, data.completion_column):
+            if item.get(column) is None:
+                raise Unusable(f"has no {column!r}; fields are {', '.join(map(str, item)) or 'none'}")
+        prompt, completion = item[data.prompt_column], item[data.completion_column]
+        if isinstance(completion, list):
+            completion = completion[0].get("content") if len(completion) == 1 and isinstance(completion[0], dict) else None
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(completion, str) or not completion.strip():
+        raise Unusable("its target is empty")
+    if not isinstance(prompt, list) or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt):
+        raise Unusable("its prompt is neither text nor a list of messages with role and content")
+    messages = [{"role": str(m.get("role", "user")), "content": m["content"]} for m in prompt]
+    if not any(m["content"].strip() for m in messages):
+        raise Unusable("its prompt is empty")
+    try:
+        identity = hashlib.sha256(json.dumps([messages, completion], ensure_ascii=False).encode()).hexdigest()[:16]
+    except UnicodeEncodeError:
+        raise Unusable("holds a character that is not valid Unicode (a lone surrogate)") from None
+    return Row(identity, messages, completion)
+
+
+def _mawps(item: dict[str, str]) -> dict[str, str]:
+    """A MAWPS row with its masked numbers put back; the target is the equation worked out, then "#### answer"."""
+    try:
+        numbers = [_plain(n) for n in item["Numbers"].split()]
+        question, equation = item["Question"], item["Equation"].split()
+        answer = _plain(item["Answer"])
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise Unusable(f"is not a MAWPS row ({type(error).__name__}: {error})") from None
+    for index in reversed(range(len(numbers))):
+        question = question.replace(f"number{index}", numbers[index])
+        equation = [numbers[index] if token == f"number{index}" else token for token in equation]
+    return {"prompt": question, "completion": f"{_infix(equation)} = {answer}\n#### {answer}"}
+
+
+def _plain(number: str) -> str:
+    value = round(float(number), 4)
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def _infix(prefix: list[str]) -> str:
+    stack: list[str] = []
+    try:
+        for token in reversed(prefix):
+            stack.append(f"( {stack.pop()} {token} {stack.pop()} )" if token in "+-*/" else token)
+        (expression,) = stack
+    except (IndexError, ValueError):
+        raise Unusable(f"its equation {' '.join(prefix)!r} is not in prefix notation") from None
+    return expression.removeprefix("( ").removesuffix(" )") if prefix[0] in "+-*/" else expression
+
+
+def _is_file(path: str) -> bool:
+    return Path(path).exists() or Path(path).suffix in (".jsonl", ".json", ".parquet", ".csv")
+
+
+def _file(path: Path) -> dict[str, Iterable[Any]]:
+    workspace.need(path, "mend data.path or data.heldout_path, or put the file there")
+    if path.stat().st_size == 0:
+        raise TpawError(f"{path}: is empty; it needs one row a line")
+    if path.suffix == ".csv":
+        with path.open(newline="", encoding="utf-8") as file:
+            return {str(path): list(csv.DictReader(file))}
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            return {str(path): pyarrow.parquet.read_table(path).to_pylist()}
+        except pyarrow.ArrowException as error:
+            raise TpawError(f"{path}: not a readable Parquet file: {error}") from None
+    return {str(path): _jsonl(path)}
+
+
+def _jsonl(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise TpawError(f"{path}: line {number} is not JSON ({error.msg}); each line must be one JSON object") from None
+        except UnicodeDecodeError as error:
+            raise TpawError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def _hub(name: str, split: str) -> dict[str, Iterable[Any]]:
+    import datasets
+
+    try:
+        return {f"{name}[{split}]": datasets.load_dataset(name, split=split)}
+    except Exception as error:  # the library raises a dozen kinds; all mean the same here
+        offline = " HF_HUB_OFFLINE is set: unset it, or name a local file." if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise TpawError(f"data.path {name!r}, split {split!r}: cannot be loaded from the hub.{offline} {_first(error)}") from None
+
+
+def _first(error: Exception) -> str:
+    return f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"

@@ -1,0 +1,173 @@
+"""Evaluation: lm-evaluation-harness on one checkpoint, with this project's own task `heldout` beside the harness's.
+
+Knows a model, a tokenizer and task names; must not know iterations or stages.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+
+from tpaw_core.errors import TpawError
+from tpaw_core.template import render
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tpaw_core.config import Evaluation
+    from tpaw_core.data import Row
+
+HELDOUT = "heldout"
+
+
+class Primary(TypedDict):
+    """The headline figure: opens metrics/<t>.json."""
+
+    benchmark: str
+    metric: str
+    value: float
+    stderr: float
+    n: int
+
+
+class Sample(TypedDict):
+    """One held-out row as the checkpoint answered it."""
+
+    prompt: str
+    target: str
+    completion: str
+    correct: float
+
+
+class Results(NamedTuple):
+    primary: Primary
+    benchmarks: dict[str, dict[str, float]]
+    samples: list[Sample]
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    heldout: Sequence[Row],
+    settings: Evaluation,
+    *,
+    max_length: int,
+    seed: int,
+) -> Results:
+    """Run ``settings.tasks``; greedy decoding for `heldout`, each other task as the harness defines it.
+
+    Raises TpawError for a task the harness does not know, or a primary metric that the results do not hold.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, max_length=max_length)
+    found: dict[str, Any] = {}
+    sampled: list[Any] = []
+    with tempfile.TemporaryDirectory(prefix="tpaw-evaluation-") as folder:
+        for task in settings.tasks:
+            own = task == HELDOUT
+            if own:
+                _write_task(Path(folder), heldout, tokenizer, settings)
+            manager = TaskManager(include_path=folder if own else None, include_defaults=not own)
+            if not own and task not in manager.all_tasks:
+                raise TpawError(f"evaluation.tasks: lm-evaluation-harness knows no task {task!r}")
+            results = simple_evaluate(
+                harness,
+                tasks=[task],
+                task_manager=manager,
+                limit=settings.limit,
+                apply_chat_template=not own and tokenizer.chat_template is not None,
+                log_samples=own,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+            found.update(_plain(results))
+            sampled += results.get("samples", {}).get(HELDOUT, [])
+    return Results(_primary(found, settings), found, [_sample(s, settings.metric) for s in sampled])
+
+
+def answer(text: str, pattern: str) -> str | None:
+    """The answer that ``pattern`` finds in a completion; its first group if it has one."""
+    match = re.search(pattern, text)
+    return match and (match.group(1) if match.re.groups else match.group()).strip()
+
+
+def _write_task(
+    folder: Path, heldout: Sequence[Row], tokenizer: PreTrainedTokenizerBase, settings: Evaluation
+) -> None:
+    """The `heldout` task: prompts rendered here, so the harness tokenises what generation and training tokenise."""
+    with (folder / "heldout.jsonl").open("w", encoding="utf-8") as file:
+        for number, row in enumerate(heldout, start=1):
+            target = answer(row.completion, settings.answer_pattern)
+            if target is None:
+                raise TpawError(
+                    f"data/heldout.jsonl: row {number}: evaluation.answer_pattern {settings.answer_pattern!r} "
+                    "finds no answer in its target; mend the pattern or the row"
+                )
+            file.write(json.dumps({"text": render(row.prompt, tokenizer), "answer": target, "target": row.completion}) + "\n")
+    task = {
+        "task": HELDOUT,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "heldout.jsonl")}, "cache_dir": str(folder / "cache")},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "text",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+        "generation_kwargs": {"until": [], "max_gen_toks": settings.max_new_tokens, "do_sample": False},
+        "filter_list": [
+            {
+                "name": "answer",
+                "filter": [
+                    {"function": "regex", "regex_pattern": settings.answer_pattern},
+                    {"function": "take_first"},
+                ],
+            }
+        ],
+        "metric_list": [{"metric": settings.metric, "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1},
+    }
+    (folder / "heldout.yaml").write_text(json.dumps(task))
+
+
+def _plain(results: Any) -> dict[str, dict[str, float]]:
+    """Per task, its numbers and n; the harness's "metric,filter" keys are kept."""
+    plain = {}
+    for task, values in {**results["results"], **results.get("groups", {})}.items():
+        numbers = {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        n = results.get("n-samples", {}).get(task, {}).get("effective")
+        plain[task] = {**numbers, **({"n": n} if n is not None else {})}
+    return plain
+
+
+def _primary(benchmarks: dict[str, dict[str, float]], settings: Evaluation) -> Primary:
+    values = benchmarks.get(settings.primary, {})
+    names = [k for k in values if k.split(",")[0] == settings.metric]
+    if not names:
+        raise TpawError(
+            f"evaluation.metric: {settings.primary} has no metric {settings.metric!r}; it has "
+            f"{', '.join(sorted({k.split(',')[0] for k in values})) or 'no results'}"
+        )
+    metric, _, filter_name = names[0].partition(",")
+    return Primary(
+        benchmark=settings.primary,
+        metric=metric,
+        value=values[names[0]],
+        stderr=values.get(f"{metric}_stderr,{filter_name}", float("nan")),
+        n=int(values.get("n", 0)),
+    )
+
+
+def _sample(sample: Any, metric: str) -> Sample:
+    doc = sample["doc"]
+    return Sample(
+        prompt=doc["text"].strip(), target=doc["target"], completion=sample["resps"][0][0], correct=float(sample[metric])
+    )

@@ -1,0 +1,255 @@
+"""MLflow: runs, metrics and checkpoint versions, and from them the candidates for a team.
+
+Everything here may be done twice with the same result: a run is found again by its tags, a version by its digest.
+Knows MLflow; must not know torch or the flow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run
+from mlflow.exceptions import MlflowException
+
+from tpaw_core import checkpoint, workspace
+from tpaw_core.config import Params
+from tpaw_core.errors import TpawError
+from tpaw_core.team import Candidate
+
+EXPERIMENT = "tpaw"
+MODEL = "tpaw-policy"
+NEWEST, CHAMPION = "newest", "champion"  # MLflow reserves "latest" for its own models:/NAME/latest
+LOCAL = workspace.STATE / "mlflow"
+LEDGER = workspace.STATE / "registered.json"  # digest -> version: tells a deleted version from one never made
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or the local database that `tpaw up` serves."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(LOCAL / 'mlflow.db').resolve()}"
+
+
+class Registry:
+    """One workspace's view of MLflow."""
+
+    def __init__(self, params: Params) -> None:
+        uri = tracking_uri()
+        if uri.startswith("http"):
+            _answering(uri)
+        else:
+            LOCAL.mkdir(parents=True, exist_ok=True)
+        self.client = MlflowClient(uri)
+        self.params = params
+        self.workspace = hashlib.sha256(str(Path.cwd()).encode()).hexdigest()[:16]
+        self.experiment = self._experiment(uri)
+
+    def _experiment(self, uri: str) -> str:
+        if found := self.client.get_experiment_by_name(EXPERIMENT):
+            return found.experiment_id
+        location = None if uri.startswith("http") else (LOCAL / "artifacts").resolve().as_uri()
+        try:
+            return self.client.create_experiment(EXPERIMENT, location)
+        except MlflowException:  # somebody else made it just now
+            return self.client.get_experiment_by_name(EXPERIMENT).experiment_id
+
+    # Runs -----------------------------------------------------------------------------------------------------------
+
+    def parent(self) -> Run:
+        """The unfinished run of this workspace and these params, or a new one: a continued flow continues its run."""
+        key = {"tpaw.workspace": self.workspace, "tpaw.params": self.params.digest(), "tpaw.kind": "run"}
+        session = os.environ.get("TPAW_SESSION", "")
+        if unfinished := self._find(key, "attributes.status != 'FINISHED'"):
+            if session:
+                self.client.set_tag(unfinished.info.run_id, "prefect.flow_run_id", session)
+            return unfinished
+        tags = {**key, "tpaw.recipe": self.params.recipe, **({"prefect.flow_run_id": session} if session else {})}
+        run = self.client.create_run(self.experiment, tags=tags, run_name=self.params.recipe)
+        self._log_params(run, _flat(self.params.model_dump(by_alias=True, exclude_none=True)))
+        return run
+
+    def iteration(self, iteration: int) -> Run:
+        """The run of one iteration, under the parent."""
+        parent = self.parent()
+        key = {"mlflow.parentRunId": parent.info.run_id, "tpaw.iteration": str(iteration)}
+        if found := self._find(key):
+            return found
+        name = "sft" if iteration == 0 else f"iteration {iteration}"
+        tags = {**key, "tpaw.recipe": self.params.recipe, "tpaw.kind": "iteration"}
+        run = self.client.create_run(self.experiment, tags=tags, run_name=name)
+        if iteration > 0:
+            settings = {
+                **self.params.objective_at(iteration).model_dump(by_alias=True),
+                **self.params.training_at(iteration).model_dump(),
+            }
+            self._log_params(run, settings)
+        return run
+
+    def finish(self, status: str = "FINISHED") -> str | None:
+        """End the workspace's run under these params, if one is going on; gives its id."""
+        key = {"tpaw.workspace": self.workspace, "tpaw.params": self.params.digest(), "tpaw.kind": "run"}
+        run = self._find(key, "attributes.status != 'FINISHED'")
+        if run is None:
+            return None
+        for child in self.client.search_runs(
+            [self.experiment], f"tags.`mlflow.parentRunId` = '{run.info.run_id}' and attributes.status != 'FINISHED'"
+        ):
+            self.client.set_terminated(child.info.run_id, status)
+        self.client.set_terminated(run.info.run_id, status)
+        return run.info.run_id
+
+    def _find(self, tags: Mapping[str, str], also: str = "") -> Run | None:
+        query = " and ".join([*(f"tags.`{name}` = '{value}'" for name, value in tags.items()), *([also] if also else [])])
+        runs = self.client.search_runs([self.experiment], query, order_by=["attributes.start_time DESC"], max_results=1)
+        return runs[0] if runs else None
+
+    # What is logged -------------------------------------------------------------------------------------------------
+
+    def _log_params(self, run: Run, params: Mapping[str, Any]) -> None:
+        self.client.log_batch(run.info.run_id, params=[Param(name, str(value)) for name, value in params.items()])
+
+    def log_metrics(self, run: Run, entries: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """(step, metrics) entries in batches."""
+        metrics = [
+            Metric(name, float(value), 0, step) for step, values in entries for name, value in values.items()
+        ]
+        for start in range(0, len(metrics), 1000):
+            self.client.log_batch(run.info.run_id, metrics=metrics[start : start + 1000])
+
+    def log_dataset(self, run: Run, path: Path, rows: int, context: str) -> None:
+        """A data set as an input of the run, with its digest."""
+        dataset = Dataset(
+            name=path.as_posix(),
+            digest=workspace.sha256(path)[:16],
+            source_type="local",
+            source=json.dumps({"uri": path.as_posix()}),
+            profile=json.dumps({"num_rows": rows}),
+        )
+        self.client.log_inputs(run.info.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+    # Versions -------------------------------------------------------------------------------------------------------
+
+    def register(self, iteration: int, *, again: bool = False) -> int | None:
+        """Make sure that checkpoint ``iteration`` is a version of tpaw-policy; gives its number.
+
+        None where it was registered before and somebody has deleted that version since; ``again`` brings it back.
+        """
+        folder = workspace.checkpoint(iteration)
+        manifest = checkpoint.verify(folder)
+        ledger = self._ledger()
+        versions = {v.tags.get("digest"): v for v in self._versions()}
+        if manifest["digest"] not in versions:
+            if manifest["digest"] in ledger and not again:
+                return None
+            run = self.iteration(iteration)
+            run_id = run.info.run_id
+            self.client.log_artifacts(run_id, str(folder), "model")
+            versions[manifest["digest"]] = version = self.client.create_model_version(
+                MODEL,
+                source=f"runs:/{run_id}/model",
+                run_id=run_id,
+                tags={
+                    "iteration": str(iteration),
+                    "digest": manifest["digest"],
+                    "parent": manifest["parent"] or "",
+                    "recipe": self.params.recipe,
+                    "run": run.data.tags.get("mlflow.parentRunId", run_id),
+                },
+                description=f"Checkpoint {iteration} of recipe {self.params.recipe}.",
+            )
+            self.client.set_registered_model_alias(MODEL, NEWEST, str(version.version))
+        number = int(versions[manifest["digest"]].version)
+        if ledger.get(manifest["digest"]) != number:
+            with workspace.publish(LEDGER) as aside:
+                aside.write_text(json.dumps({**self._ledger(), manifest["digest"]: number}, indent=1))
+        return number
+
+    def record_evaluation(self, iteration: int, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
+        """The benchmark figures and a table of samples into the iteration's run; the alias `champion` to the best."""
+        run_id = self.iteration(iteration).info.run_id
+        figures = {
+            f"eval/{task}/{name.split(',')[0]}": float(value)
+            for task, values in metrics["benchmarks"].items()
+            for name, value in values.items()
+        }
+        figures["eval/primary"] = metrics["primary"]["value"]
+        self.client.log_batch(run_id, [Metric(name, value, 0, iteration) for name, value in figures.items()])
+        if samples:
+            columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+            table = "samples.json"
+            if not any(a.path == table for a in self.client.list_artifacts(run_id)):
+                self.client.log_table(run_id, {"iteration": [iteration] * len(samples), **columns}, table)
+        digest = checkpoint.manifest(workspace.checkpoint(iteration))["digest"]
+        for version in self._versions():
+            if version.tags.get("digest") == digest:
+                self.client.set_model_version_tag(MODEL, version.version, "primary", f"{metrics['primary']['value']:.6f}")
+        self.client.set_terminated(run_id)
+        self._crown()
+
+    def _crown(self) -> None:
+        """CHAMPION: the best evaluated version of this recipe."""
+        scored = [v for v in self._versions() if v.tags.get("recipe") == self.params.recipe and "primary" in v.tags]
+        if scored:
+            best = max(scored, key=lambda v: (float(v.tags["primary"]), -int(v.version)))
+            self.client.set_registered_model_alias(MODEL, CHAMPION, str(best.version))
+
+    def log_report(self, folder: Path) -> None:
+        """The report's tables and plots into the workspace's run."""
+        self.client.log_artifacts(self.parent().info.run_id, str(folder), "report")
+
+    def candidates(self, before: int) -> list[Candidate]:
+        """The registered checkpoints of this workspace that are older than iteration ``before``.
+
+        Checkpoints that were never registered are registered first; a version that was deleted is no candidate.
+        """
+        found = []
+        for iteration in range(before):
+            number = self.register(iteration)
+            digest = checkpoint.manifest(workspace.checkpoint(iteration))["digest"]
+            if number is None:
+                print(f"checkpoint {iteration}: its version was deleted from {MODEL}, so it does not play", flush=True)
+                continue
+            tags = self.client.get_model_version(MODEL, str(number)).tags
+            found.append(Candidate(iteration, number, digest, vetoed=tags.get("team_member", "").lower() == "false"))
+        return found
+
+    def run_of(self, digest: str) -> str | None:
+        """The run that made the checkpoint with this digest."""
+        return next((v.run_id for v in self._versions() if v.tags.get("digest") == digest), None)
+
+    def _versions(self) -> list[Any]:
+        try:
+            self.client.get_registered_model(MODEL)
+        except MlflowException:
+            self.client.create_registered_model(MODEL, description="Policies made by tpaw, one version a checkpoint.")
+        return list(self.client.search_model_versions(f"name = '{MODEL}'", max_results=10000))
+
+    def _ledger(self) -> dict[str, int]:
+        return json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
+
+
+def _answering(uri: str) -> None:
+    """Raise at once, rather than after minutes of retries, where no MLflow server answers."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        opener.open(f"{uri.rstrip('/')}/health", timeout=10).close()
+    except urllib.error.HTTPError:
+        return  # it answers; who may do what is its own matter
+    except OSError as error:
+        raise TpawError(
+            f"MLFLOW_TRACKING_URI {uri}: no MLflow server answers ({error}); start it with `make up`, "
+            "or unset the variable to use the local database"
+        ) from None
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return flat

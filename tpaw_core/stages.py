@@ -1,0 +1,495 @@
+"""The stages: params and inputs in, engine called, outputs published. Iteration t makes checkpoint t; 0 is the SFT model.
+
+A stage writes aside and renames; what it refuses, it refuses before anything that was already made is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from tpaw_core import checkpoint, config, data, workspace
+from tpaw_core.config import Params
+from tpaw_core.errors import TpawError
+
+if TYPE_CHECKING:
+    from tpaw_core.registry import Registry
+    from tpaw_core.template import Encoded
+    from tpaw_core.training import OnLog
+
+
+class Member(TypedDict):
+    """One team member in teams/<t>.json: a main player, and the opponent whose answers are in ``synthetic``."""
+
+    iteration: int
+    version: int
+    digest: str
+    checkpoint: str
+    synthetic: str
+    synthetic_sha256: str
+
+
+class TeamFile(TypedDict):
+    """What teams/<t>.json holds, members newest first."""
+
+    iteration: int
+    policy: str
+    members: list[Member]
+
+
+def prepare_data(params: Params) -> dict[str, int]:
+    """Reads the recipe's rows. Writes data/. Refuses rows as `tpaw_core.data.prepare` says."""
+    with workspace.exclusive("data"):
+        return data.prepare(params.data, params.seed)
+
+
+def sft(params: Params) -> None:
+    """Checkpoint 0: the base model fine-tuned on data/train.jsonl, or the ready model of the recipe as it is.
+
+    Reads: data/train.jsonl. Writes: checkpoints/0, training/0.jsonl. Refuses: a model that cannot be loaded.
+    """
+    from tpaw_core import scratch, template, training
+
+    with workspace.exclusive("sft"):
+        rows = data.read(workspace.TRAIN_ROWS)
+        own = params.model
+        if own.model_name_or_path is None:
+            assert own.scratch is not None
+            texts = [m["content"] for row in rows for m in row.prompt] + [row.completion for row in rows]
+            tokenizer = scratch.tokenizer(texts, own.scratch, own.max_length)
+            model = scratch.model(own.scratch, tokenizer, max_length=own.max_length, seed=params.seed)
+        else:
+            tokenizer = checkpoint.load_tokenizer(own.model_name_or_path, own.revision)
+            model = checkpoint.load_model(
+                own.model_name_or_path, dtype="float32" if params.sft.enabled else own.dtype, revision=own.revision
+            )
+            if own.chat_template is not None:
+                tokenizer.chat_template = own.chat_template
+            if tokenizer.pad_token_id is None:
+                tokenizer.pad_token = tokenizer.eos_token
+        log: list[dict[str, float]] = []
+        state = workspace.TRAINING_STATE / f"0-{params.digest()[:16]}"
+        if params.sft.enabled:
+            encoded = template.encode(
+                rows,
+                tokenizer,
+                max_length=own.max_length,
+                max_skipped=params.data.max_skipped,
+                name=str(workspace.TRAIN_ROWS),
+            )
+            with _recorded(params, 0) as (registry, on_log):
+                log = training.sft(
+                    model,
+                    [(e.prompt_ids, e.chosen_ids) for e in encoded],
+                    params.sft,
+                    pad_id=tokenizer.pad_token_id,
+                    seed=params.seed,
+                    state=state,
+                    on_log=on_log,
+                )
+                _publish(params, 0, model, tokenizer, log, parent=None)
+                if registry:
+                    registry.log_dataset(registry.iteration(0), workspace.TRAIN_ROWS, len(rows), "training")
+                    registry.register(0)
+        else:
+            _publish(params, 0, model, tokenizer, log, parent=None)
+            if registry := _registry(params):
+                registry.register(0)
+        shutil.rmtree(state, ignore_errors=True)
+
+
+def generate(params: Params, iteration: int) -> None:
+    """One answer of checkpoint t-1 to every training prompt: the synthetic data of iteration t.
+
+    Reads: checkpoints/<t-1>, data/train.jsonl. Writes: synthetic/<t>.parquet. Refuses: a missing or damaged parent.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from tpaw_core import generation
+
+    with workspace.exclusive(f"generate@{iteration}"):
+        folder = _parent(iteration)
+        manifest = checkpoint.verify(folder)
+        tokenizer = checkpoint.load_tokenizer(folder)
+        encoded = _encoded(params, tokenizer)
+        prompts = [e.prompt_ids for e in encoded]
+        limit: Any = {"max_length": params.model.max_length, "eos_id": tokenizer.eos_token_id}
+        seed = params.seed + iteration
+        if params.generation.backend == "vllm":
+            responses = generation.generate_vllm(
+                folder, prompts, params.generation, **limit, seed=seed, dtype=params.model.dtype
+            )
+        else:
+            model = checkpoint.load_model(folder)
+            responses = generation.generate(
+                model, prompts, params.generation, **limit, seed=seed, pad_id=tokenizer.pad_token_id
+            )
+        table = pa.table(
+            {
+                "prompt_id": [e.row.prompt_id for e in encoded],
+                "iteration": [iteration] * len(encoded),
+                "opponent": [manifest["digest"]] * len(encoded),
+                "prompt": [e.row.prompt for e in encoded],
+                "chosen": [e.row.completion for e in encoded],
+                "rejected": tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True),
+                "rejected_ids": pa.array([r.ids for r in responses], pa.list_(pa.int32())),
+                "finish_reason": [r.finish_reason for r in responses],
+            }
+        )
+        with workspace.publish(workspace.synthetic(iteration)) as aside:
+            pq.write_table(table, aside)
+        equal = sum(r.ids == e.chosen_ids for r, e in zip(responses, encoded, strict=True))
+        cut = sum(r.finish_reason == "length" for r in responses)
+        print(f"{len(responses)} responses: {equal} equal their target, {cut} were cut at the limit", flush=True)
+        if registry := _registry(params):
+            run = registry.iteration(iteration)
+            registry.log_dataset(run, workspace.synthetic(iteration), len(responses), "synthetic")
+            share = {"generation/equal_to_target": equal / len(responses), "generation/cut": cut / len(responses)}
+            registry.log_metrics(run, [(0, share)])
+
+
+def assemble_team(params: Params, iteration: int) -> None:
+    """The team of iteration t, chosen from the registry.
+
+    Reads: the registry, manifests of the checkpoints before t. Writes: teams/<t>.json. Refuses: nobody left to play,
+    a member whose checkpoint or synthetic data is missing.
+    """
+    from tpaw_core import team
+
+    with workspace.exclusive(f"team@{iteration}"):
+        _parent(iteration)
+        registry = _registry(params)
+        if registry is None:
+            raise TpawError("team: needs the registry; `pip install mlflow`")
+        try:
+            chosen = team.assemble(
+                registry.candidates(iteration), iteration=iteration, size=params.team.size, exclude=params.team.exclude
+            )
+        except ValueError as error:
+            raise TpawError(f"team of iteration {iteration}: {error}; look at team.exclude and the tags in MLflow") from None
+        members = []
+        for player in chosen:
+            synthetic = workspace.need(
+                workspace.synthetic(player.iteration + 1), f"make it with `tpaw generate --iteration {player.iteration + 1}`"
+            )
+            members.append(
+                Member(
+                    iteration=player.iteration,
+                    version=player.version,
+                    digest=player.digest,
+                    checkpoint=workspace.checkpoint(player.iteration).as_posix(),
+                    synthetic=synthetic.as_posix(),
+                    synthetic_sha256=workspace.sha256(synthetic),
+                )
+            )
+        found = TeamFile(iteration=iteration, policy=params.team.policy, members=members)
+        with workspace.publish(workspace.team(iteration)) as aside:
+            aside.write_text(json.dumps(found, indent=2) + "\n")
+        print("team: " + ", ".join(f"checkpoint {m['iteration']} (version {m['version']})" for m in members), flush=True)
+
+
+def weigh(params: Params, iteration: int) -> None:
+    """Log-probabilities of every (triplet, player) and the player weights beta.
+
+    Reads: teams/<t>.json, its members' checkpoints and synthetic data, the score store. Writes: weights/<t>.parquet;
+    adds to the store what was not in it. Refuses: a member that is missing or changed.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from tpaw_core import scoring, weights
+    from tpaw_core.score_store import ScoreStore
+
+    with workspace.exclusive(f"weights@{iteration}"):
+        members = read_team(iteration)["members"]
+        tokenizer = checkpoint.load_tokenizer(workspace.need(Path(members[0]["checkpoint"]), "restore the checkpoint"))
+        encoded = _encoded(params, tokenizer)
+        opponents = [_responses(member, encoded) for member in members]
+        targets = [(e.prompt_ids, e.chosen_ids) for e in encoded]
+        pairs = targets + [
+            (e.prompt_ids, ids) for responses in opponents for e, ids in zip(encoded, responses, strict=True)
+        ]
+        columns, scored = [], 0
+        for member in members:
+            folder = Path(member["checkpoint"])
+            if checkpoint.verify(folder)["digest"] != member["digest"]:
+                raise TpawError(f"{folder}: is not the checkpoint that teams/{iteration}.json names; make the team again")
+            bf16 = params.training.bf16
+            store = ScoreStore(workspace.SCORES, member["digest"], "bfloat16" if bf16 else "float32")
+
+            def score(new: list[scoring.Pair], folder: Path = folder, bf16: bool = bf16) -> list[float]:
+                model = checkpoint.load_model(folder, dtype="float32")
+                return scoring.score(model, new, pad_id=tokenizer.pad_token_id, bf16=bf16)
+
+            values, new = store.scores(pairs, score)
+            columns.append(values)
+            scored += new
+        table = np.array(columns).T  # [targets + responses, players]
+        rows, players = len(encoded), len(members)
+        chosen = np.tile(table[:rows], (players, 1))
+        rejected = table[rows:]
+        objective = params.objective_at(iteration)
+        try:
+            beta = weights.player_weights(chosen, rejected, gamma=objective.gamma, scale=objective.lambda_)
+        except ValueError as error:
+            raise TpawError(f"weights of iteration {iteration}: {error}; the checkpoint that gave it is not usable") from None
+        out = pa.table(
+            {
+                "prompt_id": [e.row.prompt_id for e in encoded] * players,
+                "opponent": [member["digest"] for member in members for _ in encoded],
+                "players_chosen": list(chosen),
+                "players_rejected": list(rejected),
+                "beta": list(beta),
+            }
+        )
+        with workspace.publish(workspace.weights(iteration)) as aside:
+            pq.write_table(out, aside)
+        print(f"{len(pairs) * players} (row, player) pairs: {scored} scored now, the others known", flush=True)
+        if registry := _registry(params):
+            registry.log_metrics(
+                registry.iteration(iteration), [(0, {"scoring/new": scored, "scoring/pairs": len(pairs) * players})]
+            )
+
+
+def train(params: Params, iteration: int) -> None:
+    """Checkpoint t from checkpoint t-1 and the team's triplets; goes on from its last saved state if it was stopped.
+
+    Reads: checkpoints/<t-1>, teams/<t>.json, weights/<t>.parquet, the team's synthetic data. Writes: checkpoints/<t>,
+    training/<t>.jsonl. Refuses: inputs that do not belong together, numbers that are not finite.
+    """
+    import pyarrow.parquet as pq
+
+    from tpaw_core import training
+
+    with workspace.exclusive(f"train@{iteration}"):
+        folder = _parent(iteration)
+        manifest = checkpoint.verify(folder)
+        members = read_team(iteration)["members"]
+        tokenizer = checkpoint.load_tokenizer(folder)
+        encoded = _encoded(params, tokenizer)
+        path = workspace.need(workspace.weights(iteration), f"make it with `tpaw weights --iteration {iteration}`")
+        table = pq.read_table(path).to_pydict()
+        if table["prompt_id"] != [e.row.prompt_id for e in encoded] * len(members):
+            raise TpawError(f"{path}: does not belong to data/train.jsonl and teams/{iteration}.json; make it again")
+        opponents = [_responses(member, encoded) for member in members]
+        rows = len(encoded)
+        groups = [
+            training.Group(
+                e.prompt_ids,
+                e.chosen_ids,
+                [responses[i] for responses in opponents],
+                table["players_chosen"][i],
+                [table["players_rejected"][k * rows + i] for k in range(len(members))],
+                [table["beta"][k * rows + i] for k in range(len(members))],
+            )
+            for i, e in enumerate(encoded)
+        ]
+        objective, settings = params.objective_at(iteration), params.training_at(iteration)
+        identity = config.digest(
+            [manifest["digest"], workspace.sha256(path), objective.model_dump(), settings.model_dump(), params.seed]
+        )
+        state = workspace.TRAINING_STATE / f"{iteration}-{identity[:16]}"
+        model = checkpoint.load_model(folder, dtype="float32")
+        with _recorded(params, iteration) as (registry, on_log):
+            log = training.self_play(
+                model,
+                groups,
+                objective,
+                settings,
+                pad_id=tokenizer.pad_token_id,
+                seed=params.seed + iteration,
+                state=state,
+                on_log=on_log,
+            )
+            _publish(params, iteration, model, tokenizer, log, parent=manifest["digest"])
+            if registry:
+                registry.register(iteration)
+        shutil.rmtree(state, ignore_errors=True)
+
+
+def evaluate(params: Params, iteration: int) -> None:
+    """Benchmarks of checkpoint t.
+
+    Reads: checkpoints/<t>, data/heldout.jsonl, training/<t>.jsonl. Writes: metrics/<t>.json, samples/<t>.jsonl.
+    Refuses: an unknown benchmark, a held-out target in which the pattern finds no answer.
+    """
+    from tpaw_core import evaluation
+
+    with workspace.exclusive(f"evaluate {iteration}"):
+        folder = workspace.checkpoint(iteration)
+        checkpoint.verify(folder)
+        results = evaluation.evaluate(
+            checkpoint.load_model(folder),
+            checkpoint.load_tokenizer(folder),
+            data.read(workspace.HELDOUT_ROWS),
+            params.evaluation,
+            max_length=params.model.max_length,
+            seed=params.seed,
+        )
+        metrics = {
+            "primary": results.primary,
+            "benchmarks": results.benchmarks,
+            "training": _last_quarter(iteration),
+        }
+        kept = results.samples[:20]
+        with workspace.publish(workspace.samples(iteration)) as aside:
+            aside.write_text("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in kept), encoding="utf-8")
+        with workspace.publish(workspace.metrics(iteration)) as aside:
+            aside.write_text(json.dumps(metrics, indent=2) + "\n")
+        primary = results.primary
+        print(f"{primary['benchmark']}: {primary['metric']} {primary['value']:.4f} +- {primary['stderr']:.4f}", flush=True)
+        if registry := _registry(params):
+            registry.register(iteration)
+            registry.record_evaluation(iteration, metrics, kept)
+
+
+def report(params: Params) -> None:
+    """Table and plots of every checkpoint evaluated so far; brings the registry up to date and ends the run.
+
+    Reads: metrics/, training/. Writes: report/.
+    """
+    from tpaw_core import report as pages
+
+    with workspace.exclusive("report"):
+        with workspace.publish(Path("report")) as aside:
+            aside.mkdir()
+            pages.write(aside)
+        if registry := _registry(params):
+            for iteration, metrics in pages.evaluated().items():
+                if registry.register(iteration) is not None:
+                    registry.record_evaluation(iteration, metrics, pages.samples(iteration))
+            registry.log_report(Path("report"))
+            registry.finish()
+
+
+def register(params: Params, *, again: bool = False) -> list[tuple[int, int | None]]:
+    """Every checkpoint of the workspace a version of the registered model; gives (iteration, version) pairs."""
+    registry = _registry(params)
+    if registry is None:
+        raise TpawError("register: needs the registry; `pip install mlflow`")
+    folders = [workspace.checkpoint(t) for t in range(len(params.iterations) + 1)]
+    return [(int(f.name), registry.register(int(f.name), again=again)) for f in folders if f.exists()]
+
+
+def read_team(iteration: int) -> TeamFile:
+    """teams/<t>.json, checked."""
+    path = workspace.need(workspace.team(iteration), f"make it with `tpaw team --iteration {iteration}`")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        good = bool(found["members"]) and all(
+            set(m) == set(Member.__annotations__)
+            and m["checkpoint"] == workspace.checkpoint(int(m["iteration"])).as_posix()
+            and m["synthetic"] == workspace.synthetic(int(m["iteration"]) + 1).as_posix()
+            for m in found["members"]
+        )
+    except (ValueError, KeyError, TypeError):
+        good = False
+    if not good:
+        raise TpawError(f"{path}: is damaged; make it again with `tpaw team --iteration {iteration}`")
+    return found
+
+
+def _parent(iteration: int) -> Path:
+    folder = workspace.checkpoint(iteration - 1)
+    if not folder.exists():
+        how = "tpaw sft" if iteration == 1 else f"tpaw train --iteration {iteration - 1}"
+        raise TpawError(f"{folder}: does not exist, and iteration {iteration} starts from it; make it with `{how}`")
+    return folder
+
+
+def _encoded(params: Params, tokenizer: Any) -> list[Encoded]:
+    from tpaw_core import template
+
+    return template.encode(
+        data.read(workspace.TRAIN_ROWS),
+        tokenizer,
+        max_length=params.model.max_length,
+        max_skipped=params.data.max_skipped,
+        name=str(workspace.TRAIN_ROWS),
+    )
+
+
+def _responses(member: Member, encoded: list[Encoded]) -> list[list[int]]:
+    """The ids that an opponent generated, in the order of the training rows."""
+    import pyarrow.parquet as pq
+
+    path = workspace.need(Path(member["synthetic"]), "make it again, or restore it with `dvc checkout`")
+    if workspace.sha256(path) != member["synthetic_sha256"]:
+        raise TpawError(f"{path}: has changed since the team was made; restore it with `dvc checkout --force {path}`")
+    table = pq.read_table(path, columns=["prompt_id", "rejected_ids"]).to_pydict()
+    found = dict(zip(table["prompt_id"], table["rejected_ids"], strict=True))
+    missing = [e.row.prompt_id for e in encoded if e.row.prompt_id not in found]
+    if missing:
+        raise TpawError(f"{path}: lacks {len(missing)} rows of data/train.jsonl, the first {missing[0]}; make it again")
+    return [found[e.row.prompt_id] for e in encoded]
+
+
+def _publish(
+    params: Params, iteration: int, model: Any, tokenizer: Any, log: list[dict[str, float]], *, parent: str | None
+) -> None:
+    """The checkpoint and its training log, in place only when complete."""
+    import torch
+
+    dtype = params.model.dtype
+    if dtype == "auto":  # as the model came: training itself runs in float32
+        dtype = "bfloat16" if params.training.bf16 else "float32"
+    with workspace.publish(workspace.training_log(iteration)) as aside:
+        aside.write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    with workspace.publish(workspace.checkpoint(iteration)) as aside:
+        model.to(getattr(torch, dtype)).save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        checkpoint.seal(aside, iteration=iteration, parent=parent, params=params.digest())
+
+
+def _last_quarter(iteration: int) -> dict[str, float]:
+    """Means over the last quarter of the training log: where the iteration ended, not how it got there."""
+    path = workspace.training_log(iteration)
+    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    entries = entries[-max(1, len(entries) // 4) :]
+    names = sorted({name for entry in entries for name in entry} - {"step", "epoch", "learning_rate"})
+    return {
+        name.replace("weights/", "").replace("/", "_"): sum(e[name] for e in entries) / len(entries) for name in names
+    }
+
+
+def _registry(params: Params) -> Registry | None:
+    """None where mlflow is not installed, as on a bare machine that only trains."""
+    try:
+        from tpaw_core.registry import Registry
+    except ModuleNotFoundError as error:
+        if error.name != "mlflow":
+            raise
+        print("mlflow is not installed: this stage is not recorded", file=sys.stderr, flush=True)
+        return None
+    return Registry(params)
+
+
+@contextmanager
+def _recorded(params: Params, iteration: int) -> Iterator[tuple[Registry | None, OnLog]]:
+    """A registry and an ``on_log`` that sends training metrics to the iteration's run a few entries at a time."""
+    registry = _registry(params)
+    if registry is None:
+        yield None, lambda step, metrics: None
+        return
+    run = registry.iteration(iteration)
+    waiting: list[tuple[int, dict[str, float]]] = []
+
+    def flush() -> None:
+        registry.log_metrics(run, waiting)
+        waiting.clear()
+
+    def on_log(step: int, metrics: dict[str, float]) -> None:
+        waiting.append((step, metrics))
+        if len(waiting) >= 10:
+            flush()
+
+    yield registry, on_log
+    flush()
+

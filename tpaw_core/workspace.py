@@ -1,0 +1,102 @@
+"""Where things lie in a workspace, and how they get there: written aside, then renamed; one writer at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from tpaw_core.errors import TpawError
+
+STATE = Path(".tpaw")  # local state of services, training and the score store; never an output
+DATA = Path("data")
+TRAIN_ROWS = DATA / "train.jsonl"
+HELDOUT_ROWS = DATA / "heldout.jsonl"
+SCORES = STATE / "scores"
+TRAINING_STATE = STATE / "training"
+
+
+def checkpoint(iteration: int) -> Path:
+    return Path("checkpoints") / str(iteration)
+
+
+def synthetic(iteration: int) -> Path:
+    return Path("synthetic") / f"{iteration}.parquet"
+
+
+def team(iteration: int) -> Path:
+    return Path("teams") / f"{iteration}.json"
+
+
+def weights(iteration: int) -> Path:
+    return Path("weights") / f"{iteration}.parquet"
+
+
+def training_log(iteration: int) -> Path:
+    return Path("training") / f"{iteration}.jsonl"
+
+
+def metrics(iteration: int) -> Path:
+    return Path("metrics") / f"{iteration}.json"
+
+
+def samples(iteration: int) -> Path:
+    return Path("samples") / f"{iteration}.jsonl"
+
+
+@contextmanager
+def publish(target: Path) -> Iterator[Path]:
+    """A path beside ``target`` to write a file or a folder at; it becomes ``target`` only when all went well.
+
+    A failure, a full disk included, leaves what ``target`` held before.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    made = aside / target.name
+    try:
+        yield made
+        if target.is_dir() and not target.is_symlink():
+            target.rename(aside / "replaced")
+        os.replace(made, target)
+    except OSError as error:
+        raise TpawError(f"{target}: could not be written ({error.strerror or error}); free space or mend rights") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def exclusive(stage: str) -> Iterator[None]:
+    """Hold the workspace while a stage writes; another stage waits and says for whom. Freed when the holder dies."""
+    STATE.mkdir(exist_ok=True)
+    holder = STATE / "lock.holder"
+    lock = FileLock(STATE / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        name = holder.read_text() if holder.exists() else "another stage"
+        print(f"{stage}: waiting for {name} in this workspace", flush=True)
+        lock.acquire()
+    try:
+        holder.write_text(f"{stage} (process {os.getpid()})")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def need(path: Path, remedy: str) -> Path:
+    if not path.exists():
+        raise TpawError(f"{path}: does not exist; {remedy}")
+    return path
