@@ -36,7 +36,7 @@ def main() -> None:
         if show:
             raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(error.exit_status)
     except OSError as error:
         if show or error.filename is None:
             raise

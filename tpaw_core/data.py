@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from tpaw_core import corpus, workspace
-from tpaw_core.config import Data
+from tpaw_core.config import Data, digest
 from tpaw_core.errors import TpawError
 
 Message = dict[str, str]
+ORIGIN = workspace.DATA / "origin.json"  # what data/ was made from
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ def prepare(data: Data, seed: int) -> dict[str, int]:
     Reads: data.path (and heldout_path). Writes: data/. Refuses: a missing, empty or broken file, more than
     data.max_skipped unusable rows, one prompt in both train and held-out.
     """
+    made_from = _origin(data, seed)
+    if (counts := _up_to_date(made_from)) is not None:
+        return counts
     if data.path == "arithmetic":
         train_count, heldout_count = data.max_train_rows or 4000, data.max_heldout_rows or 1000
         pairs = [
@@ -56,7 +60,27 @@ def prepare(data: Data, seed: int) -> dict[str, int]:
     for path, rows in ((workspace.TRAIN_ROWS, train), (workspace.HELDOUT_ROWS, heldout)):
         with workspace.publish(path) as aside:
             aside.write_text("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return {"train": len(train), "heldout": len(heldout)}
+    counts = {"train": len(train), "heldout": len(heldout)}
+    sums = {path.name: workspace.sha256(path) for path in (workspace.TRAIN_ROWS, workspace.HELDOUT_ROWS)}
+    with workspace.publish(ORIGIN) as aside:
+        aside.write_text(json.dumps({"made_from": made_from, "rows": counts, "files": sums}, indent=2) + "\n")
+    return counts
+
+
+def _origin(data: Data, seed: int) -> str:
+    """Digest of all that decides the rows: settings, seed, and the bytes of local files."""
+    files = [Path(path) for path in (data.path, data.heldout_path) if path and Path(path).is_file()]
+    return digest([data.model_dump(), seed, [workspace.sha256(path) for path in files]])
+
+
+def _up_to_date(made_from: str) -> dict[str, int] | None:
+    """The counts of rows in data/ where they were made from the same and are unchanged."""
+    try:
+        found = json.loads(ORIGIN.read_text())
+        same = all(workspace.sha256(workspace.DATA / name) == sha for name, sha in found["files"].items())
+        return found["rows"] if same and found["made_from"] == made_from else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _apart(train: list[Row], heldout: list[Row], name: str, drop_overlap: bool) -> list[Row]:

@@ -7,3 +7,11 @@ class TpawError(Exception):
     The message names the file, row or key and says what to do. The command line prints it alone, without a
     traceback, and exits with status 1.
     """
+
+    exit_status = 1
+
+
+class Unavailable(TpawError):
+    """A service did not answer: the same command may work later."""
+
+    exit_status = 75  # EX_TEMPFAIL

@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 
 from tpaw_core import checkpoint, workspace
 from tpaw_core.config import Params
-from tpaw_core.errors import TpawError
+from tpaw_core.errors import Unavailable
 from tpaw_core.team import Candidate
 
 EXPERIMENT = "tpaw"
@@ -242,7 +242,7 @@ def _answering(uri: str) -> None:
     except urllib.error.HTTPError:
         return  # it answers; who may do what is its own matter
     except OSError as error:
-        raise TpawError(
+        raise Unavailable(
             f"MLFLOW_TRACKING_URI {uri}: no MLflow server answers ({error}); start it with `make up`, "
             "or unset the variable to use the local database"
         ) from None
