@@ -12,7 +12,7 @@ from pathlib import Path
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-TEMPORARY = 75  # a stage's exit status where trying again can help: a service did not answer
+TEMPORARY = {75, 137, 143}  # exit statuses where trying again can help: a service did not answer, a signal came
 
 
 class StageFailed(RuntimeError):
@@ -73,4 +73,4 @@ def _failure(command: list[str], lines: list[str], code: int) -> StageFailed:
     status = next((int(m.group(1)) for line in reversed(lines) if (m := re.search(r"exited with (-?\d+)", line))), code)
     start = next((i for i, line in enumerate(lines) if line.startswith("error: ")), None)
     own = [line for line in lines[start:] if not line.startswith("ERROR: ")] if start is not None else lines[-5:]
-    return StageFailed("\n".join(own) or " ".join(command), temporary=status == TEMPORARY or status < 0 or status > 128)
+    return StageFailed("\n".join(own) or " ".join(command), temporary=status < 0 or status in TEMPORARY)

@@ -6,6 +6,7 @@ Knows the order of the stages; must not know what they do.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -34,7 +35,7 @@ RETRY: dict[str, Any] = {"retries": 2, "retry_delay_seconds": [5, 30], "retry_co
 def configure(recipe: str | None, overrides: list[str], iterations: int | None) -> Params:
     """params.yaml says what runs: switch the recipe, apply the overrides, add iterations where there are too few."""
     params, text = config.resolve(recipe, overrides, iterations)
-    if not config.PARAMS_FILE.exists() or params != config.load():
+    if not config.PARAMS_FILE.exists() or config.PARAMS_FILE.read_text(encoding="utf-8") != text:
         with workspace.publish(config.PARAMS_FILE) as aside:
             aside.write_text(text, encoding="utf-8")
     return params
@@ -135,6 +136,8 @@ def tpaw(iterations: int | None = None, recipe: str | None = None, overrides: li
         show_results(params, seconds)
     step(write_report)
     show_results(params, seconds)
+    with workspace.publish(workspace.FLOW_SECONDS) as aside:
+        aside.write_text(json.dumps(seconds))
 
 
 if __name__ == "__main__":

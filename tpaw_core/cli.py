@@ -1,4 +1,4 @@
-"""The command line: one sub-command a stage, plus data, use, register, report, up, down and status.
+"""The command line: one sub-command a stage, plus use, data, table, register, up, down and status.
 
 Heavy imports happen inside the stages, so that `tpaw --help` answers at once.
 """
@@ -121,9 +121,18 @@ def evaluate(iteration: Annotated[int, typer.Option("--iteration", "-t", min=0, 
 def report() -> None:
     """Write report/ from what was measured, and print its table."""
     _stage("report")
+    table()
+
+
+@app.command()
+def table() -> None:
+    """Print one row a checkpoint, and where the last flow run spent its time."""
     from tpaw_core import report as pages
 
     print(pages.table())
+    if seconds := pages.flow_seconds():
+        print("\nseconds of the last flow run by stage: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()))
+        print(f"in all: {sum(seconds.values()):.0f} s")
 
 
 @app.command()
@@ -158,7 +167,9 @@ def status() -> None:
     """Say which services run."""
     from tpaw_core import services
 
-    services.print_status()
+    for service in services.status():
+        where = f", {service.url}, process {service.pid}" if service.pid else ""
+        print(f"{service.name}: {service.state}{where}")
 
 
 def _stage(name: str, iteration: int | None = None) -> None:

@@ -61,6 +61,7 @@ class Data(Section):
     completion_column: str = "completion"
     max_train_rows: Count | None = None
     max_heldout_rows: Count | None = None
+    max_self_play_rows: Count | None = None  # the first so many train rows play; SFT takes them all
     drop_overlap: bool = False  # leave held-out rows out whose prompt is in train, instead of stopping
     max_skipped: Fraction = 0.01  # share of unusable rows above which a stage stops
 
@@ -221,7 +222,7 @@ def resolve(
     """Params after switching to ``recipe`` (None: stay with ``path``) and applying dotted ``overrides``.
 
     ``iterations`` lengthens the list of iterations where it is too short; it never shortens it. Returns the params
-    and the YAML text that says the same.
+    and the YAML text that says the same, with every default written out: DVC tracks values, not what is left unsaid.
     """
     source = path if recipe is None else recipe_path(recipe)
     tree = read_yaml(source)
@@ -231,9 +232,11 @@ def resolve(
     if isinstance(known, dict):
         for number in range(len(known) + 1, (iterations or 0) + 1):
             known[str(number)] = {**known.get(str(number - 1), {}), "previous": number - 1}
+    params = validate(tree, str(source))
+    _write_out(tree, params.model_dump(mode="json", by_alias=True, exclude={"iterations"}))
     text = StringIO()
     _yaml().dump(tree, text)
-    return validate(tree, str(source)), text.getvalue()
+    return params, text.getvalue()
 
 
 def validate(tree: Mapping[str, Any], source: str) -> Params:
@@ -248,6 +251,14 @@ def _yaml() -> YAML:
     yaml.preserve_quotes = True
     yaml.width = 120
     return yaml
+
+
+def _write_out(tree: dict[str, Any], full: Mapping[str, Any]) -> None:
+    for key, value in full.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _write_out(tree[key], value)
+        else:
+            tree.setdefault(key, value)
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

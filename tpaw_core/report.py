@@ -21,6 +21,12 @@ def evaluated() -> dict[int, dict[str, Any]]:
     return dict(sorted(found.items()))
 
 
+def flow_seconds() -> dict[str, float]:
+    """Seconds by stage of the last flow run; empty where none has ended."""
+    path = workspace.FLOW_SECONDS
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def samples(iteration: int) -> list[dict[str, Any]]:
     path = workspace.samples(iteration)
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

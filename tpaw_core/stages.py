@@ -408,7 +408,7 @@ def _encoded(params: Params, tokenizer: Any) -> list[Encoded]:
     from tpaw_core import template
 
     return template.encode(
-        data.read(workspace.TRAIN_ROWS),
+        data.read(workspace.TRAIN_ROWS)[: params.data.max_self_play_rows],
         tokenizer,
         max_length=params.model.max_length,
         max_skipped=params.data.max_skipped,

@@ -20,6 +20,7 @@ TRAIN_ROWS = DATA / "train.jsonl"
 HELDOUT_ROWS = DATA / "heldout.jsonl"
 SCORES = STATE / "scores"
 TRAINING_STATE = STATE / "training"
+FLOW_SECONDS = STATE / "flow_seconds.json"  # what each stage of the last flow run took
 
 
 def checkpoint(iteration: int) -> Path:
