@@ -12,6 +12,7 @@ from pathlib import Path
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
+HINTS = ("To track the changes", "To enable auto staging", "Use `dvc push`", "\tgit add", "\tdvc config")
 TEMPORARY = {75, 137, 143}  # exit statuses where trying again can help: a service did not answer, a signal came
 
 
@@ -56,7 +57,7 @@ def run(command: list[str]) -> list[str]:
     try:
         assert process.stdout is not None
         for line in map(str.rstrip, process.stdout):
-            if line:
+            if line and not line.startswith(HINTS):
                 lines.append(line)
                 logger.info(line)
         code = process.wait()

@@ -54,6 +54,7 @@ class Model(Section):
 class Data(Section):
     path: str  # "arithmetic", a JSONL / Parquet / CSV file, or a hub id
     heldout_path: str | None = None  # a second file; a hub data set uses heldout_split
+    dataset_config: str | None = None  # a hub data set's configuration, e.g. "main"
     train_split: str = "train"
     heldout_split: str = "test"
     format: Literal["auto", "mawps"] = "auto"
@@ -159,7 +160,8 @@ class Params(Section):
             raise ValueError("sft.enabled: a model from scratch knows nothing; set it to true, or name a ready model")
         if self.objective.name == "spin" and self.team.size != 1:
             raise ValueError("team.size: objective.name=spin has one player; set team.size=1")
-        if self.evaluation.primary not in self.evaluation.tasks:
+        own = {"heldout"} & {self.evaluation.primary, *self.evaluation.tasks}  # what a group holds only the harness knows
+        if self.evaluation.primary not in self.evaluation.tasks and own:
             raise ValueError(f"evaluation.primary: {self.evaluation.primary!r} is not in evaluation.tasks")
         for number, (key, entry) in enumerate(self.iterations.items(), start=1):
             if key != str(number) or entry.previous != number - 1:

@@ -53,7 +53,7 @@ def prepare(data: Data, seed: int) -> dict[str, int]:
             raise TpawError("data.heldout_path: name the file with the held-out rows")
         sources = _file(Path(data.path)), _file(Path(data.heldout_path))
     else:
-        sources = _hub(data.path, data.train_split), _hub(data.path, data.heldout_split)
+        sources = _hub(data, data.train_split), _hub(data, data.heldout_split)
     train = _usable(sources[0], data, data.max_train_rows)
     heldout = _usable(sources[1], data, data.max_heldout_rows)
     heldout = _apart(train, heldout, next(iter(sources[1])), data.drop_overlap)
@@ -237,14 +237,14 @@ def _jsonl(path: Path) -> Iterator[Any]:
             raise TpawError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def _hub(name: str, split: str) -> dict[str, Iterable[Any]]:
+def _hub(data: Data, split: str) -> dict[str, Iterable[Any]]:
     import datasets
 
     try:
-        return {f"{name}[{split}]": datasets.load_dataset(name, split=split)}
+        return {f"{data.path}[{split}]": datasets.load_dataset(data.path, data.dataset_config, split=split)}
     except Exception as error:  # the library raises a dozen kinds; all mean the same here
         offline = " HF_HUB_OFFLINE is set: unset it, or name a local file." if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise TpawError(f"data.path {name!r}, split {split!r}: cannot be loaded from the hub.{offline} {_first(error)}") from None
+        raise TpawError(f"data.path {data.path!r}, split {split!r}: cannot be loaded from the hub.{offline} {_first(error)}") from None
 
 
 def _first(error: Exception) -> str:

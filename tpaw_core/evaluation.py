@@ -6,6 +6,7 @@ Knows a model, a tokenizer and task names; must not know iterations or stages.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Sequence
@@ -66,6 +67,7 @@ def evaluate(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is not a name
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, max_length=max_length)
     found: dict[str, Any] = {}
     sampled: list[Any] = []

@@ -214,7 +214,7 @@ def self_play(
 def _arguments(settings: Optimisation, seed: int, state: Path, rows: int) -> TrainingArguments:
     batch = settings.per_device_train_batch_size
     steps = math.ceil(math.ceil(rows / batch) / settings.gradient_accumulation_steps) * settings.num_train_epochs
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(state),
         learning_rate=settings.learning_rate,
         num_train_epochs=settings.num_train_epochs,
@@ -240,6 +240,9 @@ def _arguments(settings: Optimisation, seed: int, state: Path, rows: int) -> Tra
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    if arguments.n_gpu > 1:  # Trainer would split a batch's rows over devices, and the triplets that index them
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _run(trainer: _Trainer, state: Path) -> list[dict[str, float]]:
