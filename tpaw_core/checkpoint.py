@@ -26,7 +26,7 @@ class Manifest(TypedDict):
     iteration: int
     digest: str  # of `files`: the checkpoint's identity
     parent: str | None  # digest of the checkpoint it was trained from
-    params: str  # digest of the parameters that made it
+    params: str  # digest of those parameters that decide its bytes
     files: dict[str, str]  # name -> SHA-256
 
 
@@ -45,13 +45,13 @@ def manifest(folder: Path) -> Manifest:
     """
     path = workspace.need(folder / MANIFEST, f"make checkpoint {folder.name} first, or restore it with `dvc checkout`")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: Manifest = json.loads(path.read_text(encoding="utf-8"))
         good = set(found) == set(Manifest.__annotations__) and config.digest(found["files"]) == found["digest"]
     except (ValueError, TypeError, KeyError):
         good = False
     if not good:
         raise TpawError(f"{path}: is damaged; restore it with `dvc checkout {folder}` or make it again")
-    return Manifest(**found)
+    return found
 
 
 def verify(folder: Path) -> Manifest:
@@ -100,6 +100,8 @@ def _load(loader: Any, source: str | Path, revision: str | None, **options: Any)
     try:
         return loader.from_pretrained(source, revision=revision, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
-        offline = " HF_HUB_OFFLINE is set: unset it, or name a local folder." if os.environ.get("HF_HUB_OFFLINE") else ""
+        offline = (
+            " HF_HUB_OFFLINE is set: unset it, or name a local folder." if os.environ.get("HF_HUB_OFFLINE") else ""
+        )
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TpawError(f"model {str(source)!r}: cannot be loaded.{offline} ({first})") from None

@@ -58,7 +58,9 @@ def _callback() -> None:
 
 @app.command()
 def use(
-    recipe: Annotated[str | None, typer.Argument(help="A recipe's name; left out, the active params are changed.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe's name; left out, the active params are changed.")
+    ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
 ) -> None:
     """Switch params.yaml to a recipe, with overrides."""
@@ -66,7 +68,8 @@ def use(
 
     given = list(overrides or [])
     if recipe is not None and "=" in recipe:
-        recipe, given = None, [recipe, *given]
+        given.insert(0, recipe)
+        recipe = None
     params, text = config.resolve(recipe, given)
     with workspace.publish(config.PARAMS_FILE) as aside:
         aside.write_text(text, encoding="utf-8")

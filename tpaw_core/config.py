@@ -112,7 +112,7 @@ class Team(Section):
 
 class Objective(Section):
     name: Literal["tpaw", "spin"] = "tpaw"
-    lambda_: Positive = Field(0.1, alias="lambda")
+    lambda_: Positive = Field(default=0.1, alias="lambda")
     eta: Annotated[float, Field(ge=1)] = 6.0
     gamma: NotNegative = 0.5
     target_weighting: bool = True  # TRW; false: alpha = 1
@@ -136,7 +136,7 @@ class Iteration(Section):
 
     previous: Annotated[int, Field(ge=0)]
     learning_rate: Positive | None = None
-    lambda_: Positive | None = Field(None, alias="lambda")
+    lambda_: Positive | None = Field(default=None, alias="lambda")
 
 
 class Params(Section):
@@ -147,7 +147,7 @@ class Params(Section):
     sft: Sft
     generation: Generation = Generation()
     team: Team = Team()
-    objective: Objective = Objective()
+    objective: Objective = Field(default_factory=lambda: Objective.model_validate({}))
     training: Optimisation
     evaluation: Evaluation = Evaluation()
     iterations: Annotated[dict[str, Iteration], Field(min_length=1)]
@@ -160,7 +160,10 @@ class Params(Section):
             raise ValueError("sft.enabled: a model from scratch knows nothing; set it to true, or name a ready model")
         if self.objective.name == "spin" and self.team.size != 1:
             raise ValueError("team.size: objective.name=spin has one player; set team.size=1")
-        own = {"heldout"} & {self.evaluation.primary, *self.evaluation.tasks}  # what a group holds only the harness knows
+        own = {"heldout"} & {
+            self.evaluation.primary,
+            *self.evaluation.tasks,
+        }  # what a group holds only the harness knows
         if self.evaluation.primary not in self.evaluation.tasks and own:
             raise ValueError(f"evaluation.primary: {self.evaluation.primary!r} is not in evaluation.tasks")
         for number, (key, entry) in enumerate(self.iterations.items(), start=1):

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import random
 
-NAMES = "Ada Ben Cleo Dan Eva Finn Gina Hugo Iris Jack Kira Leo Mona Nils Olga Paul".split()
-THINGS = "apples books coins cards eggs marbles pencils shells stamps stones tickets toys".split()
-PLACES = "box drawer basket bag jar".split()
+NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo"]
+NAMES += ["Iris", "Jack", "Kira", "Leo", "Mona", "Nils", "Olga", "Paul"]
+THINGS = ["apples", "books", "coins", "cards", "eggs", "marbles"]
+THINGS += ["pencils", "shells", "stamps", "stones", "tickets", "toys"]
+PLACES = ["box", "drawer", "basket", "bag", "jar"]
 
 
 def problems(count: int, seed: int) -> list[tuple[str, str]]:

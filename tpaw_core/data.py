@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tpaw_core import corpus, workspace
 from tpaw_core.config import Data, digest
@@ -27,6 +27,11 @@ class Row:
     prompt_id: str  # digest of prompt and completion
     prompt: list[Message]
     completion: str
+
+
+class Source(NamedTuple):
+    name: str  # for messages
+    items: Iterable[Any]
 
 
 class Unusable(ValueError):
@@ -45,9 +50,10 @@ def prepare(data: Data, seed: int) -> dict[str, int]:
     if data.path == "arithmetic":
         train_count, heldout_count = data.max_train_rows or 4000, data.max_heldout_rows or 1000
         pairs = [
-            {"prompt": problem, "completion": answer} for problem, answer in corpus.problems(train_count + heldout_count, seed)
+            {"prompt": problem, "completion": answer}
+            for problem, answer in corpus.problems(train_count + heldout_count, seed)
         ]
-        sources = {"arithmetic": pairs[:train_count]}, {"arithmetic": pairs[train_count:]}
+        sources = Source("arithmetic", pairs[:train_count]), Source("arithmetic", pairs[train_count:])
     elif _is_file(data.path):
         if data.heldout_path is None:
             raise TpawError("data.heldout_path: name the file with the held-out rows")
@@ -56,10 +62,12 @@ def prepare(data: Data, seed: int) -> dict[str, int]:
         sources = _hub(data, data.train_split), _hub(data, data.heldout_split)
     train = _usable(sources[0], data, data.max_train_rows)
     heldout = _usable(sources[1], data, data.max_heldout_rows)
-    heldout = _apart(train, heldout, next(iter(sources[1])), data.drop_overlap)
+    heldout = _apart(train, heldout, sources[1].name, data.drop_overlap)
     for path, rows in ((workspace.TRAIN_ROWS, train), (workspace.HELDOUT_ROWS, heldout)):
         with workspace.publish(path) as aside:
-            aside.write_text("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            aside.write_text(
+                "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+            )
     counts = {"train": len(train), "heldout": len(heldout)}
     sums = {path.name: workspace.sha256(path) for path in (workspace.TRAIN_ROWS, workspace.HELDOUT_ROWS)}
     with workspace.publish(ORIGIN) as aside:
@@ -89,11 +97,14 @@ def _apart(train: list[Row], heldout: list[Row], name: str, drop_overlap: bool) 
     shared = [row for row in heldout if json.dumps(row.prompt) in seen]
     if shared and not drop_overlap:
         raise TpawError(
-            f"{name}: {len(shared)} held-out prompts are also in train, the first {shared[0].prompt[-1]['content'][:60]!r}; "
-            "remove them from one of the two, or set data.drop_overlap=true to leave them out of held-out"
+            f"{name}: {len(shared)} held-out prompts are also in train, the first "
+            f"{shared[0].prompt[-1]['content'][:60]!r}; remove them from one of the two, "
+            "or set data.drop_overlap=true to leave them out of held-out"
         )
     if shared:
-        print(f"{name}: {len(shared)} of {len(heldout)} held-out rows left out, as their prompts are in train", flush=True)
+        print(
+            f"{name}: {len(shared)} of {len(heldout)} held-out rows left out, as their prompts are in train", flush=True
+        )
     kept = [row for row in heldout if json.dumps(row.prompt) not in seen]
     if not kept:
         raise TpawError(f"{name}: every held-out prompt is also in train; give other held-out rows")
@@ -109,10 +120,11 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def _usable(source: dict[str, Iterable[Any]], data: Data, limit: int | None) -> list[Row]:
-    (name, raw), reasons, rows, seen = next(iter(source.items())), [], [], set()
+def _usable(source: Source, data: Data, limit: int | None) -> list[Row]:
+    name, reasons, seen = source.name, [], set()
+    rows: list[Row] = []
     total = repeated = 0
-    for number, item in enumerate(raw, start=1):
+    for number, item in enumerate(source.items, start=1):
         if limit is not None and len(rows) == limit:
             break
         total = number
@@ -157,12 +169,16 @@ def _row(item: Any, data: Data) -> Row:
                 raise Unusable(f"has no {column!r}; fields are {', '.join(map(str, item)) or 'none'}")
         prompt, completion = item[data.prompt_column], item[data.completion_column]
         if isinstance(completion, list):
-            completion = completion[0].get("content") if len(completion) == 1 and isinstance(completion[0], dict) else None
+            completion = (
+                completion[0].get("content") if len(completion) == 1 and isinstance(completion[0], dict) else None
+            )
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
     if not isinstance(completion, str) or not completion.strip():
         raise Unusable("its target is empty")
-    if not isinstance(prompt, list) or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt):
+    if not isinstance(prompt, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt
+    ):
         raise Unusable("its prompt is neither text nor a list of messages with role and content")
     messages = [{"role": str(m.get("role", "user")), "content": m["content"]} for m in prompt]
     if not any(m["content"].strip() for m in messages):
@@ -208,43 +224,48 @@ def _is_file(path: str) -> bool:
     return Path(path).exists() or Path(path).suffix in (".jsonl", ".json", ".parquet", ".csv")
 
 
-def _file(path: Path) -> dict[str, Iterable[Any]]:
+def _file(path: Path) -> Source:
     workspace.need(path, "mend data.path or data.heldout_path, or put the file there")
     if path.stat().st_size == 0:
         raise TpawError(f"{path}: is empty; it needs one row a line")
     if path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8") as file:
-            return {str(path): list(csv.DictReader(file))}
+            return Source(str(path), list(csv.DictReader(file)))
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
         try:
-            return {str(path): pyarrow.parquet.read_table(path).to_pylist()}
+            return Source(str(path), pyarrow.parquet.read_table(path).to_pylist())
         except pyarrow.ArrowException as error:
             raise TpawError(f"{path}: not a readable Parquet file: {error}") from None
-    return {str(path): _jsonl(path)}
+    return Source(str(path), _jsonl(path))
 
 
 def _jsonl(path: Path) -> Iterator[Any]:
+    number = 0
     with path.open(encoding="utf-8") as file:
         try:
-            for number, line in enumerate(file, start=1):
+            for line in file:
+                number += 1
                 if line.strip():
                     yield json.loads(line)
         except json.JSONDecodeError as error:
-            raise TpawError(f"{path}: line {number} is not JSON ({error.msg}); each line must be one JSON object") from None
+            what = f"line {number} is not JSON ({error.msg})"
+            raise TpawError(f"{path}: {what}; each line must be one JSON object") from None
         except UnicodeDecodeError as error:
             raise TpawError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def _hub(data: Data, split: str) -> dict[str, Iterable[Any]]:
+def _hub(data: Data, split: str) -> Source:
     import datasets
 
     try:
-        return {f"{data.path}[{split}]": datasets.load_dataset(data.path, data.dataset_config, split=split)}
+        return Source(f"{data.path}[{split}]", datasets.load_dataset(data.path, data.dataset_config, split=split))
     except Exception as error:  # the library raises a dozen kinds; all mean the same here
         offline = " HF_HUB_OFFLINE is set: unset it, or name a local file." if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise TpawError(f"data.path {data.path!r}, split {split!r}: cannot be loaded from the hub.{offline} {_first(error)}") from None
+        raise TpawError(
+            f"data.path {data.path!r}, split {split!r}: cannot be loaded from the hub.{offline} {_first(error)}"
+        ) from None
 
 
 def _first(error: Exception) -> str:

@@ -102,9 +102,7 @@ def answer(text: str, pattern: str) -> str | None:
     return match and (match.group(1) if match.re.groups else match.group()).strip()
 
 
-def _write_task(
-    folder: Path, heldout: Sequence[Row], tokenizer: PreTrainedTokenizerBase, settings: Evaluation
-) -> None:
+def _write_task(folder: Path, heldout: Sequence[Row], tokenizer: PreTrainedTokenizerBase, settings: Evaluation) -> None:
     """The `heldout` task: prompts rendered here, so the harness tokenises what generation and training tokenise."""
     with (folder / "heldout.jsonl").open("w", encoding="utf-8") as file:
         for number, row in enumerate(heldout, start=1):
@@ -114,7 +112,9 @@ def _write_task(
                     f"data/heldout.jsonl: row {number}: evaluation.answer_pattern {settings.answer_pattern!r} "
                     "finds no answer in its target; mend the pattern or the row"
                 )
-            file.write(json.dumps({"text": render(row.prompt, tokenizer), "answer": target, "target": row.completion}) + "\n")
+            file.write(
+                json.dumps({"text": render(row.prompt, tokenizer), "answer": target, "target": row.completion}) + "\n"
+            )
     task = {
         "task": HELDOUT,
         "dataset_path": "json",
@@ -171,5 +171,8 @@ def _primary(benchmarks: dict[str, dict[str, float]], settings: Evaluation) -> P
 def _sample(sample: Any, metric: str) -> Sample:
     doc = sample["doc"]
     return Sample(
-        prompt=doc["text"].strip(), target=doc["target"], completion=sample["resps"][0][0], correct=float(sample[metric])
+        prompt=doc["text"].strip(),
+        target=doc["target"],
+        completion=sample["resps"][0][0],
+        correct=float(sample[metric]),
     )

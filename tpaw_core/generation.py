@@ -44,7 +44,7 @@ def generate(
     pad_id: int,
     seed: int,
 ) -> list[Response]:
-    """One response a prompt with the transformers backend, in the order given; the same bytes for the same seed on a CPU.
+    """One response a prompt with the transformers backend, in their order; the same bytes for the same seed on a CPU.
 
     Prompts are batched by length, so the pads are few.
     """
@@ -75,7 +75,9 @@ def generate(
             use_cache=True,
         )
         with torch.inference_mode():
-            out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+            out: torch.Tensor = model.generate(  # type: ignore[operator]
+                ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+            )
         for index, row in zip(batch, out[:, longest:].tolist(), strict=True):
             responses[index] = _cut(row, eos_id, room[index])
     return [responses[i] for i in range(len(prompts))]
@@ -98,11 +100,12 @@ def generate_vllm(
     python = settings.python or ".venv-vllm/bin/python"
     if not Path(python).exists():
         raise TpawError(f"generation.python {python!r}: no such interpreter; `make vllm` makes one that has vllm")
+    room = limits(prompts, max_new_tokens=settings.max_new_tokens, max_length=max_length)
     request = {
         "model": str(model),
         "dtype": dtype,
         "prompts": [list(p) for p in prompts],
-        "max_tokens": limits(prompts, max_new_tokens=settings.max_new_tokens, max_length=max_length),
+        "max_tokens": room,
         "max_length": max_length,
         "temperature": settings.temperature,
         "top_p": settings.top_p,
@@ -116,7 +119,7 @@ def generate_vllm(
         if code != 0 or not answered.exists():
             raise TpawError(f"vllm ({python}) ended with status {code}; its own message is above")
         rows = json.loads(answered.read_text())
-    return [_cut(ids, eos_id, room) for ids, room in zip(rows, request["max_tokens"], strict=True)]
+    return [_cut(ids, eos_id, tokens) for ids, tokens in zip(rows, room, strict=True)]
 
 
 def _cut(ids: list[int], eos_id: int, room: int) -> Response:

@@ -6,29 +6,31 @@ Knows MLflow; must not know torch or the flow.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, Run
 from mlflow.exceptions import MlflowException
 
+from mlflow import MlflowClient
 from tpaw_core import checkpoint, workspace
 from tpaw_core.config import Params
-from tpaw_core.errors import Unavailable
+from tpaw_core.errors import TpawError, Unavailable
 from tpaw_core.team import Candidate
 
 EXPERIMENT = "tpaw"
 MODEL = "tpaw-policy"
 NEWEST, CHAMPION = "newest", "champion"  # MLflow reserves "latest" for its own models:/NAME/latest
 LOCAL = workspace.STATE / "mlflow"
-LEDGER = workspace.STATE / "registered.json"  # digest -> version: tells a deleted version from one never made
+WORKSPACE_ID = workspace.STATE / "workspace"
+LEDGER = workspace.STATE / "registered.json"  # server -> digest -> version: tells a deleted version from one never made
 
 
 def tracking_uri() -> str:
@@ -47,17 +49,28 @@ class Registry:
             LOCAL.mkdir(parents=True, exist_ok=True)
         self.client = MlflowClient(uri)
         self.params = params
-        self.workspace = hashlib.sha256(str(Path.cwd()).encode()).hexdigest()[:16]
-        self.experiment = self._experiment(uri)
-
-    def _experiment(self, uri: str) -> str:
-        if found := self.client.get_experiment_by_name(EXPERIMENT):
-            return found.experiment_id
-        location = None if uri.startswith("http") else (LOCAL / "artifacts").resolve().as_uri()
+        self.workspace = _workspace_id()
         try:
-            return self.client.create_experiment(EXPERIMENT, location)
-        except MlflowException:  # somebody else made it just now
-            return self.client.get_experiment_by_name(EXPERIMENT).experiment_id
+            found = self._experiment(uri)
+        except MlflowException as error:
+            raise TpawError(
+                f"MLflow at {uri}: {str(error).splitlines()[0]}; look at the server's log, and at "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where it asks for them"
+            ) from None
+        self.experiment: str = found.experiment_id
+        self._server = f"{found.experiment_id}-{found.creation_time}"  # tells one server's versions from another's
+
+    def _experiment(self, uri: str) -> Experiment:
+        location = None if uri.startswith("http") else (LOCAL / "artifacts").resolve().as_uri()
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        for _ in range(2):
+            if found := self.client.get_experiment_by_name(EXPERIMENT):
+                return found
+            with contextlib.suppress(MlflowException):  # somebody else may make it just now
+                self.client.create_experiment(EXPERIMENT, location, kind)
+        raise TpawError(
+            f"MLflow at {uri}: the experiment {EXPERIMENT!r} can be neither found nor made; was it deleted?"
+        )
 
     # Runs -----------------------------------------------------------------------------------------------------------
 
@@ -105,7 +118,9 @@ class Registry:
         return run.info.run_id
 
     def _find(self, tags: Mapping[str, str], also: str = "") -> Run | None:
-        query = " and ".join([*(f"tags.`{name}` = '{value}'" for name, value in tags.items()), *([also] if also else [])])
+        query = " and ".join(
+            [*(f"tags.`{name}` = '{value}'" for name, value in tags.items()), *([also] if also else [])]
+        )
         runs = self.client.search_runs([self.experiment], query, order_by=["attributes.start_time DESC"], max_results=1)
         return runs[0] if runs else None
 
@@ -116,9 +131,7 @@ class Registry:
 
     def log_metrics(self, run: Run, entries: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """(step, metrics) entries in batches."""
-        metrics = [
-            Metric(name, float(value), 0, step) for step, values in entries for name, value in values.items()
-        ]
+        metrics = [Metric(name, float(value), 0, step) for step, values in entries for name, value in values.items()]
         for start in range(0, len(metrics), 1000):
             self.client.log_batch(run.info.run_id, metrics=metrics[start : start + 1000])
 
@@ -142,7 +155,7 @@ class Registry:
         """
         folder = workspace.checkpoint(iteration)
         manifest = checkpoint.verify(folder)
-        ledger = self._ledger()
+        ledger = _ledgers().get(self._server, {})
         versions = {v.tags.get("digest"): v for v in self._versions()}
         if manifest["digest"] not in versions:
             if manifest["digest"] in ledger and not again:
@@ -166,11 +179,15 @@ class Registry:
             self.client.set_registered_model_alias(MODEL, NEWEST, str(version.version))
         number = int(versions[manifest["digest"]].version)
         if ledger.get(manifest["digest"]) != number:
+            everywhere = _ledgers()
+            everywhere[self._server] = {**ledger, manifest["digest"]: number}
             with workspace.publish(LEDGER) as aside:
-                aside.write_text(json.dumps({**self._ledger(), manifest["digest"]: number}, indent=1))
+                aside.write_text(json.dumps(everywhere, indent=1))
         return number
 
-    def record_evaluation(self, iteration: int, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
+    def record_evaluation(
+        self, iteration: int, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+    ) -> None:
         """The benchmark figures and a table of samples into the iteration's run; the alias `champion` to the best."""
         run_id = self.iteration(iteration).info.run_id
         figures = {
@@ -180,6 +197,10 @@ class Registry:
         }
         figures["eval/primary"] = metrics["primary"]["value"]
         self.client.log_batch(run_id, [Metric(name, value, 0, iteration) for name, value in figures.items()])
+        headline = {name: figures[name] for name in ("eval/primary",)} | {
+            f"iterations/{name}": value for name, value in metrics["training"].items()
+        }
+        self.log_metrics(self.parent(), [(iteration, headline)])
         if samples:
             columns = {name: [sample[name] for sample in samples] for name in samples[0]}
             table = "samples.json"
@@ -188,7 +209,9 @@ class Registry:
         digest = checkpoint.manifest(workspace.checkpoint(iteration))["digest"]
         for version in self._versions():
             if version.tags.get("digest") == digest:
-                self.client.set_model_version_tag(MODEL, version.version, "primary", f"{metrics['primary']['value']:.6f}")
+                self.client.set_model_version_tag(
+                    MODEL, version.version, "primary", f"{metrics['primary']['value']:.6f}"
+                )
         self.client.set_terminated(run_id)
         self._crown()
 
@@ -230,8 +253,17 @@ class Registry:
             self.client.create_registered_model(MODEL, description="Policies made by tpaw, one version a checkpoint.")
         return list(self.client.search_model_versions(f"name = '{MODEL}'", max_results=10000))
 
-    def _ledger(self) -> dict[str, int]:
-        return json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
+
+def _ledgers() -> dict[str, dict[str, int]]:
+    return json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
+
+
+def _workspace_id() -> str:
+    """A name that stays with this workspace, wherever it is moved or mounted."""
+    if not WORKSPACE_ID.exists():
+        with workspace.publish(WORKSPACE_ID) as aside:
+            aside.write_text(uuid.uuid4().hex)
+    return WORKSPACE_ID.read_text().strip()
 
 
 def _answering(uri: str) -> None:

@@ -56,7 +56,9 @@ def table() -> str:
     """The rows as an aligned Markdown table."""
     cells = [COLUMNS] + [[_cell(row[name]) for name in COLUMNS] for row in rows()]
     widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
-    lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells]
+    lines = [
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *lines[1:]])
 
 
@@ -110,7 +112,15 @@ def _plots(folder: Path) -> list[str]:
         start = 0.0
         for iteration, end in ends.items():
             axes.axvline(end, color="0.6", lw=0.8, ls=":")
-            axes.text((start + end) / 2, 1.0, f"{iteration}", transform=axes.get_xaxis_transform(), va="bottom", ha="center", color="0.4")
+            axes.text(
+                (start + end) / 2,
+                1.0,
+                f"{iteration}",
+                transform=axes.get_xaxis_transform(),
+                va="bottom",
+                ha="center",
+                color="0.4",
+            )
             start = end
 
     made_plots: dict[str, Any] = {}

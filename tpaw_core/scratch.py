@@ -26,7 +26,10 @@ def tokenizer(texts: Iterable[str], settings: Scratch, max_length: int) -> PreTr
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=settings.vocab_size, special_tokens=[PAD, EOS], initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=settings.vocab_size,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(

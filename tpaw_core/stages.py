@@ -1,4 +1,4 @@
-"""The stages: params and inputs in, engine called, outputs published. Iteration t makes checkpoint t; 0 is the SFT model.
+"""The stages: params and inputs in, engine called, outputs published. Iteration t makes checkpoint t, 0 the SFT model.
 
 A stage writes aside and renames; what it refuses, it refuses before anything that was already made is touched.
 """
@@ -73,7 +73,8 @@ def sft(params: Params) -> None:
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
         log: list[dict[str, float]] = []
-        state = workspace.TRAINING_STATE / f"0-{params.digest()[:16]}"
+        made_by = config.digest([params.seed, own.model_dump(), params.sft.model_dump()])
+        state = workspace.TRAINING_STATE / f"0-{config.digest([made_by, workspace.sha256(workspace.TRAIN_ROWS)])[:16]}"
         if params.sft.enabled:
             encoded = template.encode(
                 rows,
@@ -92,12 +93,12 @@ def sft(params: Params) -> None:
                     state=state,
                     on_log=on_log,
                 )
-                _publish(params, 0, model, tokenizer, log, parent=None)
+                _publish(params, 0, model, tokenizer, log, parent=None, made_by=made_by)
                 if registry:
                     registry.log_dataset(registry.iteration(0), workspace.TRAIN_ROWS, len(rows), "training")
                     registry.register(0)
         else:
-            _publish(params, 0, model, tokenizer, log, parent=None)
+            _publish(params, 0, model, tokenizer, log, parent=None, made_by=made_by)
             if registry := _registry(params):
                 registry.register(0)
         shutil.rmtree(state, ignore_errors=True)
@@ -172,11 +173,14 @@ def assemble_team(params: Params, iteration: int) -> None:
                 registry.candidates(iteration), iteration=iteration, size=params.team.size, exclude=params.team.exclude
             )
         except ValueError as error:
-            raise TpawError(f"team of iteration {iteration}: {error}; look at team.exclude and the tags in MLflow") from None
+            raise TpawError(
+                f"team of iteration {iteration}: {error}; look at team.exclude and the tags in MLflow"
+            ) from None
         members = []
         for player in chosen:
             synthetic = workspace.need(
-                workspace.synthetic(player.iteration + 1), f"make it with `tpaw generate --iteration {player.iteration + 1}`"
+                workspace.synthetic(player.iteration + 1),
+                f"make it with `tpaw generate --iteration {player.iteration + 1}`",
             )
             members.append(
                 Member(
@@ -191,7 +195,9 @@ def assemble_team(params: Params, iteration: int) -> None:
         found = TeamFile(iteration=iteration, policy=params.team.policy, members=members)
         with workspace.publish(workspace.team(iteration)) as aside:
             aside.write_text(json.dumps(found, indent=2) + "\n")
-        print("team: " + ", ".join(f"checkpoint {m['iteration']} (version {m['version']})" for m in members), flush=True)
+        print(
+            "team: " + ", ".join(f"checkpoint {m['iteration']} (version {m['version']})" for m in members), flush=True
+        )
 
 
 def weigh(params: Params, iteration: int) -> None:
@@ -220,7 +226,9 @@ def weigh(params: Params, iteration: int) -> None:
         for member in members:
             folder = Path(member["checkpoint"])
             if checkpoint.verify(folder)["digest"] != member["digest"]:
-                raise TpawError(f"{folder}: is not the checkpoint that teams/{iteration}.json names; make the team again")
+                raise TpawError(
+                    f"{folder}: is not the checkpoint that teams/{iteration}.json names; make the team again"
+                )
             bf16 = params.training.bf16
             store = ScoreStore(workspace.SCORES, member["digest"], "bfloat16" if bf16 else "float32")
 
@@ -239,7 +247,9 @@ def weigh(params: Params, iteration: int) -> None:
         try:
             beta = weights.player_weights(chosen, rejected, gamma=objective.gamma, scale=objective.lambda_)
         except ValueError as error:
-            raise TpawError(f"weights of iteration {iteration}: {error}; the checkpoint that gave it is not usable") from None
+            raise TpawError(
+                f"weights of iteration {iteration}: {error}; the checkpoint that gave it is not usable"
+            ) from None
         out = pa.table(
             {
                 "prompt_id": [e.row.prompt_id for e in encoded] * players,
@@ -292,9 +302,8 @@ def train(params: Params, iteration: int) -> None:
             for i, e in enumerate(encoded)
         ]
         objective, settings = params.objective_at(iteration), params.training_at(iteration)
-        identity = config.digest(
-            [manifest["digest"], workspace.sha256(path), objective.model_dump(), settings.model_dump(), params.seed]
-        )
+        made_by = config.digest([params.seed, objective.model_dump(), settings.model_dump()])
+        identity = config.digest([made_by, manifest["digest"], workspace.sha256(path)])
         state = workspace.TRAINING_STATE / f"{iteration}-{identity[:16]}"
         model = checkpoint.load_model(folder, dtype="float32")
         with _recorded(params, iteration) as (registry, on_log):
@@ -308,7 +317,7 @@ def train(params: Params, iteration: int) -> None:
                 state=state,
                 on_log=on_log,
             )
-            _publish(params, iteration, model, tokenizer, log, parent=manifest["digest"])
+            _publish(params, iteration, model, tokenizer, log, parent=manifest["digest"], made_by=made_by)
             if registry:
                 registry.register(iteration)
         shutil.rmtree(state, ignore_errors=True)
@@ -340,11 +349,15 @@ def evaluate(params: Params, iteration: int) -> None:
         }
         kept = results.samples[:20]
         with workspace.publish(workspace.samples(iteration)) as aside:
-            aside.write_text("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in kept), encoding="utf-8")
+            aside.write_text(
+                "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in kept), encoding="utf-8"
+            )
         with workspace.publish(workspace.metrics(iteration)) as aside:
             aside.write_text(json.dumps(metrics, indent=2) + "\n")
         primary = results.primary
-        print(f"{primary['benchmark']}: {primary['metric']} {primary['value']:.4f} +- {primary['stderr']:.4f}", flush=True)
+        print(
+            f"{primary['benchmark']}: {primary['metric']} {primary['value']:.4f} +- {primary['stderr']:.4f}", flush=True
+        )
         if registry := _registry(params):
             registry.register(iteration)
             registry.record_evaluation(iteration, metrics, kept)
@@ -432,7 +445,14 @@ def _responses(member: Member, encoded: list[Encoded]) -> list[list[int]]:
 
 
 def _publish(
-    params: Params, iteration: int, model: Any, tokenizer: Any, log: list[dict[str, float]], *, parent: str | None
+    params: Params,
+    iteration: int,
+    model: Any,
+    tokenizer: Any,
+    log: list[dict[str, float]],
+    *,
+    parent: str | None,
+    made_by: str,
 ) -> None:
     """The checkpoint and its training log, in place only when complete."""
     import torch
@@ -445,7 +465,7 @@ def _publish(
     with workspace.publish(workspace.checkpoint(iteration)) as aside:
         model.to(getattr(torch, dtype)).save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        checkpoint.seal(aside, iteration=iteration, parent=parent, params=params.digest())
+        checkpoint.seal(aside, iteration=iteration, parent=parent, params=made_by)
 
 
 def _last_quarter(iteration: int) -> dict[str, float]:
@@ -492,4 +512,3 @@ def _recorded(params: Params, iteration: int) -> Iterator[tuple[Registry | None,
 
     yield registry, on_log
     flush()
-

@@ -97,7 +97,7 @@ class _Trainer(Trainer):
 class SftTrainer(_Trainer):
     """Mean negative log-probability of the target's tokens."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Tensor:
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
         batch = Batch(**inputs)
         logps = response_logps(model, batch)
         tokens = batch.response_mask[:, 1:].sum()
@@ -110,9 +110,10 @@ class SelfPlayTrainer(_Trainer):
 
     def __init__(self, *, objective: Objective, triplets_per_group: float, **options: Any) -> None:
         super().__init__(**options)
-        self.objective, self.triplets_per_group = objective, triplets_per_group
+        self.objective: Objective = objective
+        self.triplets_per_group = triplets_per_group
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Tensor:
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
         sequences = Batch(*(inputs.pop(name) for name in Batch._fields))
         batch = GroupBatch(sequences, **inputs)
         logps = response_logps(model, sequences)

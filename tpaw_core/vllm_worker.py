@@ -1,4 +1,4 @@
-"""Runs under the interpreter that has vllm; imports nothing of this project. Usage: vllm_worker.py REQUEST RESPONSES."""
+"""Runs under the interpreter that has vllm; imports nothing of this project. vllm_worker.py REQUEST RESPONSES."""
 
 import json
 import os

@@ -66,7 +66,9 @@ def publish(target: Path) -> Iterator[Path]:
             target.rename(aside / "replaced")
         os.replace(made, target)
     except OSError as error:
-        raise TpawError(f"{target}: could not be written ({error.strerror or error}); free space or mend rights") from None
+        raise TpawError(
+            f"{target}: could not be written ({error.strerror or error}); free space or mend rights"
+        ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

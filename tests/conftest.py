@@ -1,0 +1,119 @@
+"""What the tests share: tiny models made by `tpaw_core.scratch`, rows of the demo's corpus, a workspace in tmp_path."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", MLFLOW_DISABLE_TELEMETRY="true", TOKENIZERS_PARALLELISM="false")
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+
+from tpaw_core import checkpoint, config, corpus, data, scratch, template
+
+torch.set_num_threads(1)  # two xdist workers share two cores
+
+ROOT = Path(__file__).parents[1]
+MAX_LENGTH = 128
+TINY = config.Scratch(vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The project's folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[data.Row]:
+    return [
+        data.Row(f"{number:016d}", [{"role": "user", "content": problem}], answer)
+        for number, (problem, answer) in enumerate(corpus.problems(24, seed=3))
+    ]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(rows: list[data.Row]) -> Any:
+    return scratch.tokenizer([m["content"] + row.completion for row in rows for m in row.prompt], TINY, MAX_LENGTH)
+
+
+@pytest.fixture(scope="session")
+def make_model(tokenizer: Any) -> Callable[[int], Any]:
+    """A new tiny model (hidden 64, head_dim 32) for a seed; sharper than at random, so that log-probs differ."""
+
+    def make(seed: int) -> Any:
+        model = scratch.model(TINY, tokenizer, max_length=MAX_LENGTH, seed=seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(make_model: Callable[[int], Any]) -> Any:
+    """One tiny model for tests that only read it."""
+    return make_model(0)
+
+
+@pytest.fixture(scope="session")
+def encoded(rows: list[data.Row], tokenizer: Any) -> list[template.Encoded]:
+    return template.encode(rows, tokenizer, max_length=MAX_LENGTH, max_skipped=0.0, name="rows")
+
+
+@pytest.fixture
+def workspace_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty workspace, and the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def save_checkpoint(tokenizer: Any) -> Callable[..., checkpoint.Manifest]:
+    """Save a model the way a stage does: model, tokenizer, manifest."""
+
+    def save(model: Any, folder: Path, iteration: int = 0, parent: str | None = None) -> checkpoint.Manifest:
+        folder.mkdir(parents=True)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return checkpoint.seal(folder, iteration=iteration, parent=parent, params="0" * 64)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def params() -> config.Params:
+    """The demo's parameters."""
+    return config.load(ROOT / "recipes" / "demo.yaml")
+
+
+CHATML = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.fixture
+def variant(tokenizer: Any) -> Callable[[str], Any]:
+    """The tokenizer as it is, or with another template, or one that puts BOS before every text, as Llama's does."""
+
+    def make(kind: str) -> Any:
+        made = copy.deepcopy(tokenizer)
+        if kind != "plain":
+            made.chat_template = CHATML
+        if "bos" in kind:
+            made.bos_token = made.eos_token
+            made.backend_tokenizer.post_processor = TemplateProcessing(
+                single=f"{made.bos_token} $A", special_tokens=[(made.bos_token, made.bos_token_id)]
+            )
+        if kind == "bos in template":
+            made.chat_template = "{{ bos_token }}" + CHATML
+        return made
+
+    return make

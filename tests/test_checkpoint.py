@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tpaw_core import checkpoint, config
+from tpaw_core.errors import TpawError
+
+Break = Callable[[Path], Any]
+
+
+@pytest.fixture
+def folder(model: Any, save_checkpoint: Callable[..., Any], tmp_path: Path) -> Path:
+    save_checkpoint(model, tmp_path / "1", iteration=1, parent="f" * 64)
+    return tmp_path / "1"
+
+
+def test_a_sound_checkpoint_is_verified_and_loads_what_was_saved(folder: Path, model: Any, tokenizer: Any) -> None:
+    found = checkpoint.verify(folder)
+    assert (found["iteration"], found["parent"], found["params"]) == (1, "f" * 64, "0" * 64)
+    assert set(found["files"]) == {path.name for path in folder.iterdir()} - {"manifest.json"}
+    assert "model.safetensors" in found["files"]
+    loaded = checkpoint.load_model(folder, dtype="float32")
+    assert not loaded.training
+    for ours, theirs in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    text = "Ada has 12 apples.\n"
+    assert checkpoint.load_tokenizer(folder)(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert checkpoint.load_tokenizer(folder).chat_template == tokenizer.chat_template
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors: is missing; restore it"),
+        (
+            lambda folder: flip_a_byte(folder / "model.safetensors"),
+            r"model\.safetensors: has changed since it was made",
+        ),
+        (lambda folder: (folder / "config.json").open("a").write("\n"), r"config\.json: has changed"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json: is missing"),
+        (lambda folder: (folder / "extra.safetensors").write_bytes(b""), r"extra\.safetensors: is not in the manifest"),
+        (lambda folder: (folder / "modeling_x.py").write_text(""), r"modeling_x\.py: is not in the manifest"),
+        (lambda folder: (folder / "deep").mkdir(), r"deep: is not in the manifest"),
+        (lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), r"pytorch_model\.bin: is a pickle file"),
+        (lambda folder: (folder / "a.PT").write_bytes(b""), r"a\.PT: is (a pickle file|not in the manifest)"),
+        (
+            lambda folder: (folder / "manifest.json").unlink(),
+            r"manifest\.json: does not exist; make checkpoint 1 first",
+        ),
+    ],
+)
+def test_what_was_done_to_a_checkpoint_is_found_and_named(harm: Break, message: str, folder: Path) -> None:
+    harm(folder)
+    with pytest.raises(TpawError, match=message):
+        checkpoint.verify(folder)
+
+
+def test_a_pickle_is_refused_also_where_the_manifest_lists_it(model: Any, folder: Path) -> None:
+    (folder / "optimizer.pt").write_bytes(b"x")
+    checkpoint.seal(folder, iteration=1, parent=None, params="")
+    with pytest.raises(TpawError, match=r"optimizer\.pt: is a pickle file"):
+        checkpoint.verify(folder)
+
+
+def without(key: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda found: {k: v for k, v in found.items() if k != key}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(without(key) for key in ("iteration", "digest", "parent", "params", "files")),
+        lambda found: {**found, "extra": 1},
+        lambda found: {**found, "digest": "0" * 64},
+        lambda found: {**found, "files": {**found["files"], "config.json": "0" * 64}},
+        lambda found: {**found, "files": None},
+        lambda found: [found],
+        lambda found: None,
+    ],
+)
+def test_a_damaged_manifest_is_refused(damage: Callable[[Any], Any], folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(TpawError, match=r"manifest\.json: is damaged; restore it with `dvc checkout"):
+        checkpoint.manifest(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
+def test_a_manifest_that_is_no_json_is_refused(content: bytes, folder: Path) -> None:
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(TpawError, match=r"manifest\.json: is damaged"):
+        checkpoint.verify(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "deep/file"])
+def test_a_name_that_leaves_the_folder_is_refused(name: str, folder: Path) -> None:
+    path = folder / "manifest.json"
+    found = json.loads(path.read_text())
+    found["files"][name] = "0" * 64
+    path.write_text(json.dumps({**found, "digest": config.digest(found["files"])}))
+    with pytest.raises(TpawError, match="leaves the checkpoint's folder"):
+        checkpoint.verify(folder)
+
+
+def test_the_digest_depends_on_bytes_and_on_nothing_else(
+    make_model: Callable[[int], Any], save_checkpoint: Callable[..., Any], folder: Path, tmp_path: Path
+) -> None:
+    first = checkpoint.verify(folder)["digest"]
+    copy = tmp_path / "elsewhere" / "2"
+    shutil.copytree(folder, copy)
+    for path in copy.iterdir():
+        os.utime(path, (0, 0))
+        path.chmod(0o600)
+    assert checkpoint.seal(copy, iteration=2, parent=None, params="other")["digest"] == first
+    assert save_checkpoint(make_model(0), tmp_path / "same", iteration=7)["digest"] == first
+    assert save_checkpoint(make_model(1), tmp_path / "other")["digest"] != first
+
+
+def test_a_folder_with_only_a_pickle_is_not_loaded(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    model.config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(TpawError, match=r"pytorch_model\.bin: is a pickle file, which can run code"):
+        checkpoint.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("load", [checkpoint.load_model, checkpoint.load_tokenizer])
+def test_a_hub_name_while_offline_is_refused_and_says_why(
+    load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(TpawError, match=r"model 'nobody/nothing': cannot be loaded\. HF_HUB_OFFLINE is set: unset it"):
+        load("nobody/nothing")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08\x00\x00\x00\x00\x00\x00\x00{broken", None])
+def test_a_model_file_that_cannot_be_read_is_refused(content: bytes | None, folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(TpawError, match=f"model '{folder}': cannot be loaded"):
+        checkpoint.load_model(folder)

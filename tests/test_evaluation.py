@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tpaw_core import config, evaluation, template
+from tpaw_core.data import Row
+from tpaw_core.errors import TpawError
+
+
+def settings(**changes: Any) -> config.Evaluation:
+    return config.Evaluation(**{"max_new_tokens": 8, "batch_size": 3, "answer_pattern": r"#### (\d+)", **changes})
+
+
+@pytest.fixture
+def asked(make_model: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[list[int]]]:
+    """A model, and the prompts' ids, without pads, that it was really asked to answer."""
+    model, seen = make_model(0), []
+    generate = model.generate
+
+    def listen(input_ids: Any, attention_mask: Any, **options: Any) -> Any:
+        seen.extend(ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True))
+        return generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+    monkeypatch.setattr(model, "generate", listen)
+    return model, seen
+
+
+def run(model: Any, tokenizer: Any, rows: list[Row], max_length: int = 128, **changes: Any) -> evaluation.Results:
+    return evaluation.evaluate(model, tokenizer, rows, settings(**changes), max_length=max_length, seed=1)
+
+
+@pytest.fixture
+def answered(model: Any, tokenizer: Any, rows: list[Row]) -> list[Row]:
+    """Five held-out rows; by their pattern the model answers rows 1 and 3 as their targets do."""
+    from tpaw_core import generation
+
+    prompts = [template.encode_prompt(row.prompt, tokenizer) for row in rows[:5]]
+    greedy = config.Generation(temperature=0, max_new_tokens=8)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    found = generation.generate(model, prompts, greedy, max_length=128, eos_id=eos, pad_id=pad, seed=1)
+    texts = [tokenizer.decode(response.ids, skip_special_tokens=True) for response in found]
+    return [
+        Row(row.prompt_id, row.prompt, text if number in (1, 3) else f"not{text}")
+        for number, (row, text) in enumerate(zip(rows, texts, strict=False))
+    ]
+
+
+WHOLE = r"(?s)^(.+)$"
+
+
+def test_the_primary_figure_is_the_share_of_right_answers_with_its_standard_error(
+    model: Any, tokenizer: Any, answered: list[Row]
+) -> None:
+    found = run(model, tokenizer, answered, answer_pattern=WHOLE)
+    assert found.primary == {
+        "benchmark": "heldout",
+        "metric": "exact_match",
+        "value": pytest.approx(2 / 5),
+        # The mean's: the sample variance of 1, 1, 0, 0, 0 is 0.3, over five rows.
+        "stderr": pytest.approx(math.sqrt(0.3 / 5)),
+        "n": 5,
+    }
+    assert [sample["correct"] for sample in found.samples] == [0, 1, 0, 1, 0]
+    assert [sample["target"] for sample in found.samples] == [row.completion for row in answered]
+    assert found.samples[1]["completion"] == answered[1].completion
+    assert found.samples[0]["prompt"] == answered[0].prompt[0]["content"]
+    assert found.benchmarks["heldout"]["n"] == 5
+
+
+def test_limit_is_the_number_of_rows_that_are_asked(model: Any, tokenizer: Any, answered: list[Row]) -> None:
+    found = run(model, tokenizer, answered, answer_pattern=WHOLE, limit=2)
+    assert (found.primary["n"], found.primary["value"]) == (2, 0.5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "chatml", "bos", "bos in template"])
+def test_the_model_is_asked_the_ids_it_was_trained_on(
+    kind: str, asked: tuple[Any, list[list[int]]], variant: Callable[[str], Any], rows: list[Row]
+) -> None:
+    (model, seen), tokenizer = asked, variant(kind)
+    run(model, tokenizer, rows[:4])
+    encoded = template.encode(rows[:4], tokenizer, max_length=128, max_skipped=0.0, name="rows")
+    assert sorted(seen) == sorted(e.prompt_ids for e in encoded)
+
+
+def test_a_prompt_that_leaves_little_room_for_the_answer_is_asked_whole(
+    asked: tuple[Any, list[list[int]]], tokenizer: Any, rows: list[Row], encoded: list[template.Encoded]
+) -> None:
+    """Generation shortens the answer then; evaluation must not shorten the question instead."""
+    model, seen = asked
+    prompts = [e.prompt_ids for e in encoded[:4]]
+    run(model, tokenizer, rows[:4], max_length=max(map(len, prompts)) + 2)
+    assert sorted(seen) == sorted(prompts)
+
+
+def test_an_unknown_task_is_refused(model: Any, tokenizer: Any, rows: list[Row]) -> None:
+    with pytest.raises(TpawError, match=r"evaluation\.tasks: lm-evaluation-harness knows no task 'gsm9k'"):
+        run(model, tokenizer, rows[:2], tasks=["gsm9k"], primary="gsm9k")
+
+
+@pytest.mark.parametrize("metric", ["bits_per_byte", "accuracy_of_mine"])
+def test_an_unknown_metric_is_refused(metric: str, model: Any, tokenizer: Any, rows: list[Row]) -> None:
+    with pytest.raises(TpawError, match=rf"evaluation\.metric.*{metric}"):
+        run(model, tokenizer, rows[:2], metric=metric)
+
+
+def test_a_target_in_which_the_pattern_finds_no_answer_is_refused_by_its_row(
+    asked: tuple[Any, list[list[int]]], tokenizer: Any, rows: list[Row]
+) -> None:
+    bad = [*rows[:2], Row("x", rows[2].prompt, "no mark")]
+    model, seen = asked
+    with pytest.raises(TpawError, match=r"heldout\.jsonl: row 3: evaluation\.answer_pattern '#### .*' finds no answer"):
+        run(model, tokenizer, bad)
+    assert seen == []
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern", "expected"),
+    [
+        ("1+1=2\n#### 2 ", r"#### (.+)", "2"),
+        ("1+1=2\n#### 2", r"#### \d", "#### 2"),
+        ("#### 1 #### 2", r"#### (\d)", "1"),
+        ("nothing", r"#### (\d)", None),
+        ("#### -1,234.5", config.Evaluation().answer_pattern, "-1,234.5"),
+    ],
+)
+def test_an_answer_is_the_patterns_first_group_or_its_whole_match(
+    text: str, pattern: str, expected: str | None
+) -> None:
+    assert evaluation.answer(text, pattern) == expected

@@ -1,0 +1,282 @@
+"""The whole loop at a tiny size with the real DVC, Prefect and MLflow, in one workspace that the tests share."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from ruamel.yaml import YAML
+
+from mlflow import MlflowClient
+
+BIN = Path(sys.executable).parent
+TINY = [
+    "model.scratch.hidden_size=64",
+    "model.scratch.num_hidden_layers=1",
+    "model.scratch.num_attention_heads=2",
+    "model.scratch.intermediate_size=128",
+    "data.max_train_rows=48",
+    "data.max_heldout_rows=16",
+    "sft.num_train_epochs=10",
+    "training.per_device_train_batch_size=1",
+    "training.save_steps=2",
+    "training.logging_steps=2",
+]
+
+
+class Workspace:
+    """A folder with the project's pipeline in it, and commands run there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_TRACKING", "TPAW_"))},
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "TPAW_PREFECT_PORT": str(_free_port()),
+            "TPAW_MLFLOW_PORT": str(_free_port()),
+            "OMP_NUM_THREADS": "1",
+        }
+        self.environment["PREFECT_API_URL"] = f"http://127.0.0.1:{self.environment['TPAW_PREFECT_PORT']}/api"
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True)
+        assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def flow(self, *parameters: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        given = [word for parameter in parameters for word in ("--param", parameter)]
+        return self.run("prefect", "deployment", "run", "tpaw/iterate", "--watch", *given, check=check)
+
+    def stale(self) -> set[str]:
+        """The stages that `dvc repro` would run."""
+        return set(json.loads(self.run("dvc", "status", "--json").stdout))
+
+    def lock(self) -> dict[str, dict[str, str]]:
+        """Digest of every output by stage, from dvc.lock."""
+        stages = YAML(typ="safe").load(self.folder / "dvc.lock")["stages"]
+        return {name: {out["path"]: out["md5"] for out in stage["outs"]} for name, stage in stages.items()}
+
+    def params(self) -> dict[str, dict[str, object]]:
+        return YAML(typ="safe").load(self.folder / "params.yaml")
+
+    def digest(self, iteration: int) -> str:
+        return json.loads((self.folder / "checkpoints" / str(iteration) / "manifest.json").read_text())["digest"]
+
+    def team(self, iteration: int) -> list[int]:
+        members = json.loads((self.folder / "teams" / f"{iteration}.json").read_text())["members"]
+        return [member["iteration"] for member in members]
+
+    def client(self) -> MlflowClient:
+        return MlflowClient(f"sqlite:///{self.folder / '.tpaw' / 'mlflow' / 'mlflow.db'}")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[Workspace]:
+    """A workspace after `dvc repro` of SFT and two iterations."""
+    folder = tmp_path_factory.mktemp("loop")
+    for name in ("dvc.yaml", "prefect.yaml", "prefect.toml", ".gitignore", "recipes", "flows"):
+        (shutil.copytree if (root / name).is_dir() else shutil.copy)(root / name, folder / name)
+    (folder / ".dvc").mkdir()
+    shutil.copy(root / ".dvc" / "config", folder / ".dvc" / "config")
+    workspace = Workspace(folder)
+    workspace.run("git", "init", "--quiet")
+    workspace.run("tpaw", "use", "demo", *TINY)
+    text = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(re.sub(r"  '[34]': .*\n", "", text))
+    workspace.run("tpaw", "data")
+    workspace.run("dvc", "add", "--quiet", "data")
+    workspace.run("dvc", "repro")
+    yield workspace
+    workspace.run("tpaw", "down", check=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_finished_loop_has_nothing_to_do_and_every_output_is_there(made: Workspace) -> None:
+    assert made.stale() == set()
+    assert "Running stage" not in made.run("dvc", "repro").stdout
+    assert made.team(1) == [0]
+    assert made.team(2) == [1, 0]
+    for iteration in range(3):
+        metrics = json.loads((made.folder / "metrics" / f"{iteration}.json").read_text())
+        assert next(iter(metrics)) == "primary"
+        assert metrics["primary"]["n"] == 16
+    table = made.run("tpaw", "table").stdout.splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:5]] == ["0", "1", "2"]
+
+
+def test_the_generated_ids_are_what_the_weights_and_the_rows_agree_on(made: Workspace) -> None:
+    rows = [json.loads(line) for line in (made.folder / "data" / "train.jsonl").read_text().splitlines()]
+    answers = pq.read_table(made.folder / "synthetic" / "2.parquet").to_pydict()
+    weights = pq.read_table(made.folder / "weights" / "2.parquet").to_pydict()
+    assert answers["prompt_id"] == [row["prompt_id"] for row in rows]
+    assert answers["opponent"] == [made.digest(1)] * len(rows)
+    assert weights["prompt_id"] == answers["prompt_id"] * 2
+    assert {len(beta) for beta in weights["beta"]} == {2}
+    assert all(abs(sum(beta) - 1) < 1e-12 for beta in weights["beta"])
+
+
+def test_mlflow_holds_one_parent_a_child_an_iteration_and_a_version_a_checkpoint(made: Workspace) -> None:
+    client = made.client()
+    runs = client.search_runs([client.get_experiment_by_name("tpaw").experiment_id])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = {run.info.run_name: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
+    assert set(children) == {"sft", "iteration 1", "iteration 2"}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert {"rewards/chosen", "rewards/rejected", "weights/target_active", "weights/player/1", "eval/primary"} <= set(
+        children["iteration 2"].data.metrics
+    )
+    (given,) = children["iteration 2"].inputs.dataset_inputs
+    assert given.dataset.name == "synthetic/2.parquet"
+    plots = {artifact.path for artifact in client.list_artifacts(parent.info.run_id, "report")}
+    assert {f"report/{name}.png" for name in ("accuracy", "rewards", "target_active", "player_weights")} <= plots
+    assert "samples.json" in {artifact.path for artifact in client.list_artifacts(children["iteration 1"].info.run_id)}
+    versions = {version.tags["iteration"]: version for version in client.search_model_versions("name='tpaw-policy'")}
+    assert {t: version.tags["digest"] for t, version in versions.items()} == {str(t): made.digest(t) for t in range(3)}
+    assert versions["2"].tags["parent"] == made.digest(1)
+    assert versions["2"].tags["run"] == parent.info.run_id
+    assert int(client.get_model_version_by_alias("tpaw-policy", "newest").version) == int(versions["2"].version)
+    assert client.get_model_version_by_alias("tpaw-policy", "champion").tags["primary"] == max(
+        version.tags["primary"] for version in versions.values()
+    )
+
+
+def test_no_pair_is_scored_twice_over_the_iterations(made: Workspace) -> None:
+    keys = [
+        (file.parent.parent.name, key)
+        for file in (made.folder / ".tpaw" / "scores").glob("*/*/*.parquet")
+        for key in pq.read_table(file)["key"].to_pylist()
+    ]
+    assert len(keys) == len(set(keys)) > 0
+    client = made.client()
+    runs = client.search_runs([client.get_experiment_by_name("tpaw").experiment_id])
+    new = sum(run.data.metrics.get("scoring/new", 0) for run in runs)
+    asked = sum(run.data.metrics.get("scoring/pairs", 0) for run in runs)
+    assert new == len(keys) < asked
+
+
+def test_a_changed_eta_concerns_training_but_not_the_first_answers(made: Workspace) -> None:
+    before = (made.folder / "params.yaml").read_text()
+    (made.folder / "params.yaml").write_text(before.replace("eta: 6.0", "eta: 5.0"))
+    try:
+        assert {"train@1", "train@2"} <= made.stale()
+        assert not {"sft", "generate@1", "team@1", "weights@1"} & made.stale()
+    finally:
+        (made.folder / "params.yaml").write_text(before)
+
+
+def test_deleted_outputs_and_cache_come_back_with_the_same_digests(made: Workspace) -> None:
+    before = made.lock()
+    for name in (".dvc/cache", "checkpoints", "synthetic", ".tpaw/training"):
+        shutil.rmtree(made.folder / name, ignore_errors=True)
+    made.run("dvc", "repro", "train@1")
+    assert made.lock() == before
+    made.run("dvc", "repro")
+    assert made.lock() == before
+
+
+def test_a_killed_training_goes_on_from_its_last_state_and_ends_in_the_same_bytes(made: Workspace) -> None:
+    digest = made.digest(2)
+    shutil.rmtree(made.folder / "checkpoints" / "2")
+    process = subprocess.Popen([BIN / "tpaw", "train", "-t", "2"], cwd=made.folder, env=made.environment)
+    state = made.folder / ".tpaw" / "training"
+    while process.poll() is None and not list(state.glob("2-*/checkpoint-*/trainer_state.json")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (made.folder / "checkpoints" / "2").exists(), "training ended before it could be killed"
+    assert "resuming from" in made.run("tpaw", "train", "-t", "2").stdout
+    assert made.digest(2) == digest
+
+
+def test_a_version_tagged_out_of_the_team_does_not_play(made: Workspace) -> None:
+    client = made.client()
+    (version,) = [v for v in client.search_model_versions("name='tpaw-policy'") if v.tags["iteration"] == "0"]
+    client.set_model_version_tag("tpaw-policy", version.version, "team_member", "false")
+    try:
+        made.run("tpaw", "team", "-t", "2")
+        assert made.team(2) == [1]
+    finally:
+        client.delete_model_version_tag("tpaw-policy", version.version, "team_member")
+        made.run("tpaw", "team", "-t", "2")
+    assert made.team(2) == [1, 0]
+
+
+def test_the_services_start_once_and_the_flow_redoes_nothing(made: Workspace) -> None:
+    assert "worker: started" in made.run("tpaw", "up").stdout
+    assert "worker: already running" in made.run("tpaw", "up").stdout
+    before = made.lock()
+    made.flow()
+    log = (made.folder / ".tpaw" / "logs" / "worker.log").read_text()
+    assert "Stage 'train@2' didn't change, skipping" in log
+    assert "Running stage" not in log
+    assert made.lock() == before
+
+
+def test_the_flow_does_what_its_parameters_say(made: Workspace) -> None:
+    before, first = made.lock(), made.digest(1)
+    made.flow("iterations=1", 'overrides=["objective.eta=4"]')
+    assert made.params()["objective"]["eta"] == 4
+    assert made.lock()["generate@1"] == before["generate@1"]
+    assert made.digest(1) != first
+    assert {"train@2"} <= made.stale(), "the second iteration was not asked for"
+
+
+def test_a_refused_parameter_fails_the_flow_and_changes_nothing(made: Workspace) -> None:
+    before = made.params()
+    assert made.flow('overrides=["objective.eta=0.5"]', check=False).returncode == 1
+    assert made.params() == before
+    assert "objective.eta" in (made.folder / ".tpaw" / "logs" / "worker.log").read_text()
+
+
+def test_a_killed_flow_leaves_no_process_and_the_next_one_completes(made: Workspace) -> None:
+    watching = subprocess.Popen(
+        ["prefect", "deployment", "run", "tpaw/iterate", "--watch"],
+        cwd=made.folder,
+        env=made.environment,
+        executable=BIN / "prefect",
+        stdout=subprocess.DEVNULL,
+    )
+    engine = _wait_for("prefect.engine", made.folder)
+    stage = _wait_for("train", made.folder)
+    engine.send_signal(signal.SIGKILL)
+    assert watching.wait() == 1
+    psutil.wait_procs([stage], timeout=20)
+    assert not stage.is_running()
+    made.flow()
+    assert made.stale() == set()
+    assert made.lock()["train@2"]
+
+
+def _wait_for(word: str, folder: Path) -> psutil.Process:
+    """The process in this workspace that has ``word`` among its arguments."""
+    for _ in range(1200):
+        for process in psutil.process_iter():
+            try:
+                if word in process.cmdline() and Path(process.cwd()) == folder:
+                    return process
+            except psutil.Error:
+                continue
+        time.sleep(0.05)
+    raise AssertionError(f"no process with {word} in {folder}")
+
+
+def test_down_ends_every_service(made: Workspace) -> None:
+    made.run("tpaw", "down")
+    assert made.run("tpaw", "status").stdout.count("stopped") == 3

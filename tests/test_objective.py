@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tpaw_core import config, scoring
+from tpaw_core.objective import implicit_reward, target_weight, tpaw_loss
+from tpaw_core.weights import player_weights
+
+
+def tensor(*values: Any, requires_grad: bool = False) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, requires_grad=requires_grad)
+
+
+def loss_at(policy_chosen: Tensor, *, eta: float = 6.0) -> Tensor:
+    """The loss of one triplet against one player with log pi_j(y|x) = -9, log pi_j(g|x) = -11.5; theta(g|x) = -12."""
+    one = tensor([1.0])
+    return tpaw_loss(policy_chosen, tensor(-12.0), tensor([-9.0]), tensor([-11.5]), one, scale=0.1, eta=eta).loss
+
+
+# With l(u) = ln(1 + e^-u), lambda = 0.1, eta = 6, log pi_theta(y|x) = -10, log pi_theta(g|x) = -12:
+#   player  log pi_j(y), (g)  P_j(y)                  P_j(g)                   alpha  u = alpha P_j(y) - P_j(g)  l(u)
+#   0       -9, -11.5         0.1 (-10 + 9) = -0.1    0.1 (-12 + 11.5) = -0.05 6      -0.6 + 0.05 = -0.55       1.005492
+#   1       -11, -11          0.1 (-10 + 11) = 0.1    0.1 (-12 + 11) = -0.1    1      0.1 + 0.1 = 0.2           0.598139
+#   2       -10, -14          0.1 (-10 + 10) = 0      0.1 (-12 + 14) = 0.2     6      0 - 0.2 = -0.2            0.798139
+@pytest.mark.parametrize(
+    ("players", "beta", "expected"),
+    [
+        ([0], [1.0], 1.005492),
+        ([0, 1], [0.25, 0.75], 0.699977),  # 0.25 * 1.005492 + 0.75 * 0.598139
+        ([0, 1, 2], [0.2, 0.3, 0.5], 0.779610),  # 0.2 * 1.005492 + 0.3 * 0.598139 + 0.5 * 0.798139
+    ],
+)
+def test_the_loss_of_one_two_and_three_players_is_the_one_worked_by_hand(
+    players: list[int], beta: list[float], expected: float
+) -> None:
+    chosen, rejected = tensor(-9.0, -11.0, -10.0)[players], tensor(-11.5, -11.0, -14.0)[players]
+    found = tpaw_loss(tensor(-10.0), tensor(-12.0), chosen[None], rejected[None], tensor(beta), scale=0.1, eta=6.0)
+    assert found.loss.tolist() == pytest.approx([expected], abs=1e-6)
+    assert found.reward_chosen[0].tolist() == pytest.approx([[-0.1, 0.1, 0.0][k] for k in players])
+    assert found.reward_rejected[0].tolist() == pytest.approx([[-0.05, -0.1, 0.2][k] for k in players])
+    assert found.target_active[0].tolist() == [[True, False, True][k] for k in players]
+
+
+def test_triplets_do_not_influence_each_other() -> None:
+    chosen, rejected = tensor([-9.0, -11.0], [-10.0, -9.0]), tensor([-11.5, -11.0], [-14.0, -11.5])
+    beta = tensor([0.25, 0.75], [0.5, 0.5])
+    both = tpaw_loss(tensor(-10.0, -10.0), tensor(-12.0, -12.0), chosen, rejected, beta, scale=0.1, eta=6.0)
+    # Row 0 as above; row 1 is 0.5 * 0.798139 + 0.5 * 1.005492.
+    assert both.loss.tolist() == pytest.approx([0.699977, 0.901816], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("reward", "alpha"), [(-3.0, 6.0), (-1e-12, 6.0), (0.0, 6.0), (-0.0, 6.0), (1e-12, 1.0), (3.0, 1.0)]
+)
+def test_the_target_weight_is_eta_up_to_a_reward_of_zero_and_one_above(reward: float, alpha: float) -> None:
+    assert target_weight(tensor(reward), 6.0).tolist() == [alpha]
+
+
+def test_at_the_first_step_every_target_weight_of_the_newest_player_is_eta() -> None:
+    """pi_theta = pi_{t-1}: the reward is zero exactly, whatever its scale."""
+    logps = torch.tensor([-123.456, -0.1, -2000.0])
+    assert (target_weight(implicit_reward(logps, logps[:, None], 0.1), 6.0) == 6.0).all()
+
+
+@pytest.mark.parametrize(("policy_chosen", "alpha"), [(-9.5, 6.0), (-9.0, 6.0), (-8.5, 1.0)])
+def test_the_target_weight_is_a_constant_for_the_gradient(policy_chosen: float, alpha: float) -> None:
+    """d loss / d log pi_theta(y|x) = -alpha * lambda / (1 + e^u), with alpha of the side that the reward is on."""
+    policy = tensor(policy_chosen, requires_grad=True)
+    loss_at(policy).sum().backward()
+    u = alpha * 0.1 * (policy_chosen + 9.0) - 0.1 * (-12.0 + 11.5)
+    assert policy.grad.tolist() == pytest.approx([-alpha * 0.1 / (1 + torch.e**u)], rel=1e-9)
+
+
+@pytest.mark.parametrize("policy_chosen", [-9.5, -8.5])
+def test_the_gradient_is_the_slope_of_the_loss_on_each_side_of_the_step(policy_chosen: float) -> None:
+    policy = tensor(policy_chosen, requires_grad=True)
+    loss_at(policy).sum().backward()
+    ahead, behind = (loss_at(tensor(policy_chosen + shift)).item() for shift in (1e-5, -1e-5))
+    assert policy.grad.item() == pytest.approx((ahead - behind) / 2e-5, rel=1e-7)
+
+
+def test_the_loss_is_continuous_at_the_step_and_its_slope_is_not() -> None:
+    at, below, above = (loss_at(tensor(-9.0 + shift)).item() for shift in (0.0, -1e-7, 1e-7))
+    assert below == pytest.approx(at, abs=1e-6)
+    assert above == pytest.approx(at, abs=1e-6)
+    assert (below - at) / (at - above) == pytest.approx(6.0, rel=1e-3)
+
+
+def test_players_and_their_weights_get_no_gradient_from_the_reported_rewards() -> None:
+    found = tpaw_loss(
+        tensor(-10.0, requires_grad=True),
+        tensor(-12.0),
+        tensor([-9.0]),
+        tensor([-11.5]),
+        tensor([1.0]),
+        scale=0.1,
+        eta=6.0,
+    )
+    assert found.loss.requires_grad
+    assert not any(part.requires_grad for part in found[1:])
+
+
+@pytest.mark.parametrize(("eta", "pulled_up"), [(1.0, False), (6.0, True)])
+def test_a_response_that_equals_its_target_teaches_only_with_target_weighting(eta: float, pulled_up: bool) -> None:
+    logp = tensor(-10.0, requires_grad=True)
+    player = tensor([-9.0])
+    tpaw_loss(logp, logp, player, player, tensor([1.0]), scale=0.1, eta=eta).loss.sum().backward()
+    # u = (eta - 1) * P with P = -0.1; its slope in log pi_theta(y|x) is (eta - 1) * 0.1.
+    expected = -(eta - 1) * 0.1 / (1 + torch.e ** ((eta - 1) * -0.1))
+    assert logp.grad.item() == pytest.approx(expected, abs=1e-12)
+    assert (logp.grad.item() < 0) == pulled_up  # descent raises the log-probability
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"players_chosen": tensor([-9.0], [-9.0])},
+        {"players_rejected": tensor([-9.0, -9.0])},
+        {"beta": tensor([0.5, 0.5])},
+        {"beta": tensor(1.0)},
+        {"policy_chosen": tensor(-10.0, -10.0)},
+        {"policy_rejected": tensor(-12.0, -12.0)},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_shapes_that_disagree_are_refused(wrong: dict[str, Tensor]) -> None:
+    right = {
+        "policy_chosen": tensor(-10.0),
+        "policy_rejected": tensor(-12.0),
+        "players_chosen": tensor([-9.0]),
+        "players_rejected": tensor([-11.5]),
+        "beta": tensor([1.0]),
+    }
+    with pytest.raises(ValueError, match="shapes disagree"):
+        tpaw_loss(**{**right, **wrong}, scale=0.1, eta=6.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "eta", "gamma"),
+    [
+        ({}, 6.0, 0.5),
+        ({"target_weighting": False}, 1.0, 0.5),
+        ({"player_weighting": False}, 6.0, 0.0),
+        ({"name": "spin"}, 1.0, 0.0),
+    ],
+)
+def test_switches_turn_each_weighting_off(
+    params: config.Params, changes: dict[str, Any], eta: float, gamma: float
+) -> None:
+    objective = params.objective.model_copy(update=changes)
+    found = params.model_copy(update={"objective": objective}).objective_at(1)
+    assert (found.eta, found.gamma, found.lambda_) == (eta, gamma, 0.1)
+
+
+def test_spin_is_trls_dpo_loss_with_the_previous_checkpoint_as_reference(
+    make_model: Callable[[int], Any], tokenizer: Any, params: config.Params, tmp_path: Path
+) -> None:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    policy, reference = make_model(1), make_model(2)
+    prompts = ["2 + 2 =", "A box holds 9 pens.\n"]
+    chosen, rejected = [" 4", "9 pens, so 18"], ["5 is the answer", " 0"]
+    trainer = DPOTrainer(
+        policy,
+        reference,
+        args=DPOConfig(tmp_path, beta=0.1, report_to=[], bf16=False, disable_dropout=False, use_cpu=True),
+        train_dataset=Dataset.from_dict({"prompt": prompts, "chosen": chosen, "rejected": rejected}),
+        processing_class=tokenizer,
+    )
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+    expected = trainer.compute_loss(policy, batch)
+
+    spin = params.model_copy(update={"objective": params.objective.model_copy(update={"name": "spin"})}).objective_at(1)
+    pairs = [(row["prompt_ids"], row[name]) for name in ("chosen_ids", "rejected_ids") for row in trainer.train_dataset]
+    padded = scoring.pad(pairs, tokenizer.pad_token_id)
+    theta, player = scoring.response_logps(policy, padded).chunk(2), scoring.response_logps(reference, padded).chunk(2)
+    player = [logps.detach()[:, None] for logps in player]
+    beta = player_weights(player[0].numpy(), player[1].numpy(), gamma=spin.gamma, scale=spin.lambda_)
+    found = tpaw_loss(*theta, *player, torch.tensor(beta).float(), scale=spin.lambda_, eta=spin.eta).loss.mean()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    slopes = torch.autograd.grad(expected, policy.parameters())
+    for ours, theirs in zip(torch.autograd.grad(found, policy.parameters()), slopes, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)

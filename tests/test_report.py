@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tpaw_core import report
+
+PLOTS = {"accuracy", "rewards", "target_active", "player_weights"}
+Measure = Callable[..., None]
+
+
+@pytest.fixture
+def measured(workspace_folder: Path) -> Measure:
+    """Write metrics/<t>.json and training/<t>.jsonl of one checkpoint."""
+
+    def write(
+        iteration: int, value: float, training: dict[str, float], log: list[dict[str, Any]] | None = None
+    ) -> None:
+        primary = {"benchmark": "heldout", "metric": "exact_match", "value": value, "stderr": 0.0123456, "n": 1000}
+        metrics = {"primary": primary, "benchmarks": {}, "training": training}
+        for folder in ("metrics", "training"):
+            Path(folder).mkdir(exist_ok=True)
+        Path("metrics", f"{iteration}.json").write_text(json.dumps(metrics))
+        if log is not None:
+            Path("training", f"{iteration}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+
+    return write
+
+
+def entries(players: int) -> list[dict[str, Any]]:
+    weights = {f"weights/player/{k}": 1 / players for k in range(players)}
+    return [
+        {
+            "step": step,
+            "loss": 1.0,
+            "rewards/chosen": 0.1 * step,
+            "rewards/rejected": -0.1,
+            "weights/target_active": 0.5,
+        }
+        | weights
+        for step in (1, 2, 3)
+    ]
+
+
+REWARDS = {"rewards_chosen": 0.25, "rewards_rejected": -1.5, "target_active": 0.125}
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_table_has_a_row_a_checkpoint_in_order_and_dashes_where_nothing_was_trained(measured: Measure) -> None:
+    for iteration in (10, 2, 0):
+        measured(iteration, 0.5 + iteration / 100, REWARDS if iteration else {})
+    head, rule, *rows = report.table().splitlines()
+    assert cells(head) == [
+        "checkpoint", "benchmark", "score", "stderr", "n", "target reward", "generated reward", "alpha = eta"
+    ]  # fmt: skip
+    assert [cells(row) for row in rows] == [
+        ["0", "heldout exact_match", "0.5000", "0.0123", "1000", "-", "-", "-"],
+        ["2", "heldout exact_match", "0.5200", "0.0123", "1000", "0.2500", "-1.5000", "0.1250"],
+        ["10", "heldout exact_match", "0.6000", "0.0123", "1000", "0.2500", "-1.5000", "0.1250"],
+    ]
+    assert {len(line) for line in (head, rule, *rows)} == {len(head)}
+
+
+def test_the_report_holds_the_table_and_every_plot(measured: Measure, tmp_path: Path) -> None:
+    measured(0, 0.5, {}, log=[{"step": 1, "loss": 2.0}])
+    for iteration in (1, 2, 3, 4):
+        measured(iteration, 0.5, REWARDS, entries(players=min(iteration, 4)))
+    (tmp_path / "report").mkdir()
+    report.write(tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert report.table() in text
+    assert {path.stem for path in (tmp_path / "report").glob("*.png")} == PLOTS
+    for name in PLOTS:
+        assert f"![{name}]({name}.png)" in text
+        with Image.open(tmp_path / "report" / f"{name}.png") as image:
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 10, "more than an empty sheet"
+
+
+def test_the_plots_are_the_same_bytes_for_the_same_measurements(measured: Measure, tmp_path: Path) -> None:
+    measured(0, 0.5, {})
+    measured(1, 0.6, REWARDS, entries(players=1))
+    made = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        report.write(tmp_path / name)
+        made.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("measure", [lambda m: None, lambda m: m(0, 0.5, {}), lambda m: m(0, 0.5, {}, log=[])])
+def test_a_report_can_be_made_before_any_iteration_is_done(
+    measure: Callable[[Measure], None], measured: Measure, tmp_path: Path
+) -> None:
+    measure(measured)
+    (tmp_path / "report").mkdir()
+    report.write(tmp_path / "report")
+    assert (tmp_path / "report" / "report.md").read_text().startswith("# Result\n\n| checkpoint |")
+
+
+def test_samples_of_a_checkpoint_without_any_are_none(workspace_folder: Path) -> None:
+    assert report.samples(3) == []
+    Path("samples").mkdir()
+    Path("samples/3.jsonl").write_text('{"prompt": "é"}\n{"prompt": "b"}\n', encoding="utf-8")
+    assert report.samples(3) == [{"prompt": "é"}, {"prompt": "b"}]

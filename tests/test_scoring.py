@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tpaw_core import scoring
+from tpaw_core.scoring import Pair
+from tpaw_core.template import Encoded
+
+
+@torch.inference_mode()
+def token_by_token(model: Any, pair: Pair) -> float:
+    """log pi(response | prompt) as the definition says it: one forward pass a token, nothing batched or padded."""
+    prompt, response = (list(ids) for ids in pair)
+    total = 0.0
+    for number, token in enumerate(response):
+        logits = model(torch.tensor([prompt + response[:number]])).logits[0, -1]
+        total += torch.log_softmax(logits.double(), -1)[token].item()
+    return total
+
+
+@pytest.fixture
+def pairs(encoded: list[Encoded]) -> list[Pair]:
+    """Rows of many lengths, one of them with a response of one token."""
+    short = encoded[0].prompt_ids[:5], encoded[0].chosen_ids[:1]
+    return [short, *((e.prompt_ids, e.chosen_ids) for e in encoded[:8])]
+
+
+def test_scores_equal_a_plain_loop_over_tokens(model: Any, tokenizer: Any, pairs: list[Pair]) -> None:
+    expected = [token_by_token(model, pair) for pair in pairs]
+    assert scoring.score(model, pairs, pad_id=tokenizer.pad_token_id) == pytest.approx(expected, abs=1e-4, rel=0)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 200, 450, 100_000])
+def test_neither_batching_nor_padding_nor_order_changes_a_score(
+    model: Any, tokenizer: Any, pairs: list[Pair], batch_tokens: int
+) -> None:
+    alone = [scoring.score(model, [pair], pad_id=tokenizer.pad_token_id)[0] for pair in pairs]
+    order = random.Random(batch_tokens).sample(range(len(pairs)), len(pairs))
+    found = scoring.score(model, [pairs[i] for i in order], pad_id=tokenizer.eos_token_id, batch_tokens=batch_tokens)
+    assert found == pytest.approx([alone[i] for i in order], abs=1e-4, rel=0)
+
+
+def test_where_the_prompt_ends_decides_what_is_scored(model: Any, tokenizer: Any, pairs: list[Pair]) -> None:
+    prompt, response = pairs[1]
+    whole, first, rest = scoring.score(
+        model,
+        [(prompt, response), (prompt, response[:3]), ([*prompt, *response[:3]], response[3:])],
+        pad_id=tokenizer.pad_token_id,
+    )
+    assert whole == pytest.approx(first + rest, abs=1e-4)
+    assert whole < first < 0
+
+
+def test_a_response_that_holds_the_pad_token_is_scored_in_full(model: Any, tokenizer: Any, pairs: list[Pair]) -> None:
+    prompt, response = pairs[1][0], [*pairs[1][1], tokenizer.pad_token_id]
+    found = scoring.score(model, [(prompt, response), pairs[3]], pad_id=tokenizer.pad_token_id)
+    assert found[0] == pytest.approx(token_by_token(model, (prompt, response)), abs=1e-4)
+
+
+def test_padding_is_on_the_right_and_marks_the_responses() -> None:
+    batch = scoring.pad([([1, 2], [3]), ([4], [5, 6, 7])], pad_id=9)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 9], [4, 5, 6, 7]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch.response_mask.tolist() == [[0, 0, 1, 0], [0, 1, 1, 1]]
+
+
+def test_gradients_flow_to_the_model_and_equal_those_of_the_plain_loop(
+    make_model: Callable[[int], Any], tokenizer: Any, pairs: list[Pair]
+) -> None:
+    model = make_model(3)
+    weight = model.lm_head.weight
+    batched = scoring.response_logps(model, scoring.pad(pairs[:3], tokenizer.pad_token_id)).sum()
+    plain = torch.zeros(())
+    for prompt, response in pairs[:3]:
+        logps = model(torch.tensor([[*prompt, *response]])).logits[0].log_softmax(-1)
+        plain = plain + sum(logps[len(prompt) + i - 1, token] for i, token in enumerate(response))
+    torch.testing.assert_close(
+        *(torch.autograd.grad(total, weight)[0] for total in (batched, plain)), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_bfloat16_scores_are_close_and_come_back_in_the_order_given(
+    model: Any, tokenizer: Any, pairs: list[Pair]
+) -> None:
+    exact = scoring.score(model, pairs, pad_id=tokenizer.pad_token_id)
+    rounded = scoring.score(model, pairs, pad_id=tokenizer.pad_token_id, bf16=True)
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.02)

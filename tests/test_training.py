@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tpaw_core import config, scoring, training
+from tpaw_core.errors import TpawError
+from tpaw_core.objective import tpaw_loss
+from tpaw_core.template import Encoded
+from tpaw_core.training import Group
+from tpaw_core.weights import player_weights
+
+OBJECTIVE = config.Objective(**{"lambda": 0.1})
+Run = Callable[..., tuple[Any, list[dict[str, float]]]]
+
+
+def settings(**changes: Any) -> config.Optimisation:
+    base = {"learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 4, "warmup_ratio": 0}
+    return config.Optimisation(**{**base, "logging_steps": 1, "save_steps": 2, **changes})
+
+
+@pytest.fixture(scope="module")
+def groups(make_model: Callable[[int], Any], tokenizer: Any, encoded: list[Encoded]) -> list[Group]:
+    """16 prompts, two players, two responses each; players' log-probs and weights are the real ones."""
+    players = [make_model(0), make_model(1)]
+    made = []
+    for number, e in enumerate(encoded[:16]):
+        responses = [encoded[(number + shift) % 16].chosen_ids for shift in (1, 2)]
+        pairs = [(e.prompt_ids, ids) for ids in (e.chosen_ids, *responses)]
+        logps = [scoring.score(player, pairs, pad_id=tokenizer.pad_token_id) for player in players]
+        chosen, *rejected = (list(column) for column in zip(*logps, strict=True))
+        beta = [player_weights([chosen], [row], gamma=0.5, scale=0.1)[0].tolist() for row in rejected]
+        made.append(Group(e.prompt_ids, e.chosen_ids, responses, chosen, rejected, beta))
+    return made
+
+
+@pytest.fixture
+def run(make_model: Callable[[int], Any], tokenizer: Any, groups: list[Group], tmp_path: Path) -> Run:
+    """Self-play of a new model on the groups; gives the model and the log."""
+    numbers: Iterator[int] = iter(range(100))
+
+    def play(
+        on_log: training.OnLog = lambda step, metrics: None,
+        state: Path | None = None,
+        rows: Any = None,
+        policy: int = 0,
+        **changes: Any,
+    ) -> tuple[Any, list[dict[str, float]]]:
+        model = make_model(policy)
+        log = training.self_play(
+            model,
+            groups if rows is None else rows,
+            OBJECTIVE,
+            settings(**changes),
+            pad_id=tokenizer.pad_token_id,
+            seed=5,
+            state=state or tmp_path / str(next(numbers)),
+            on_log=on_log,
+        )
+        return model, log
+
+    return play
+
+
+def weights_digest(model: Any) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def untimed(log: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k} for entry in log]
+
+
+def test_the_first_steps_loss_and_metrics_are_the_objectives_on_scored_log_probs(
+    run: Run, groups: list[Group], make_model: Callable[[int], Any], tokenizer: Any
+) -> None:
+    _, log = run(per_device_train_batch_size=16)
+    policy, pad_id = make_model(0), tokenizer.pad_token_id
+    triplets = [(g, n) for g in groups for n in range(2)]
+    chosen = torch.tensor(scoring.score(policy, [(g.prompt_ids, g.chosen_ids) for g, _ in triplets], pad_id=pad_id))
+    rejected = torch.tensor(
+        scoring.score(policy, [(g.prompt_ids, g.rejected_ids[n]) for g, n in triplets], pad_id=pad_id)
+    )
+    expected = tpaw_loss(
+        chosen,
+        rejected,
+        torch.tensor([g.players_chosen for g, _ in triplets]),
+        torch.tensor([g.players_rejected[n] for g, n in triplets]),
+        torch.tensor([g.beta[n] for g, n in triplets]),
+        scale=OBJECTIVE.lambda_,
+        eta=OBJECTIVE.eta,
+    )
+    beta = torch.tensor([g.beta[n] for g, n in triplets])
+    first = log[0]
+    assert first["step"] == 1
+    assert first["loss"] == pytest.approx(expected.loss.mean().item(), rel=1e-4)
+    assert first["logps/chosen"] == pytest.approx(chosen.mean().item(), rel=1e-5)
+    assert first["logps/rejected"] == pytest.approx(rejected.mean().item(), rel=1e-5)
+    assert first["weights/player/1"] == pytest.approx(beta[:, 1].mean().item(), rel=1e-5)
+    # Player 0 is the policy itself, so its rewards are zero up to rounding; player 1 is another model.
+    assert first["players/0/rewards/chosen"] == pytest.approx(0, abs=1e-4)
+    assert first["players/1/rewards/rejected"] == pytest.approx(expected.reward_rejected[:, 1].mean().item(), abs=1e-4)
+    reward = (beta * expected.reward_chosen).sum(-1).mean().item()
+    assert first["rewards/chosen"] == pytest.approx(reward, abs=1e-4)
+    margins = first["rewards/chosen"] - first["rewards/rejected"]
+    assert first["rewards/margins"] == pytest.approx(margins, abs=1e-6)
+
+
+def test_self_play_widens_the_margin(run: Run) -> None:
+    _, log = run(num_train_epochs=4)
+    assert log[-1]["rewards/margins"] > log[0]["rewards/margins"] + 0.5
+
+
+@pytest.mark.parametrize(
+    "responses",
+    [[2] * 8, [1, 2] * 4, [2] * 12],
+    ids=["two responses each", "one or two responses", "a last batch that is not full"],
+)
+def test_eight_batches_of_one_make_the_same_step_as_one_batch_of_eight(
+    responses: list[int], run: Run, groups: list[Group], make_model: Callable[[int], Any]
+) -> None:
+    """A few SGD steps, linear in the gradient; the policy is no player, so no reward is zero up to its rounding."""
+    rows = [
+        g._replace(rejected_ids=g.rejected_ids[:n], players_rejected=g.players_rejected[:n], beta=g.beta[:n])
+        for g, n in zip(groups, responses, strict=False)
+    ]
+    plain = {
+        "rows": rows,
+        "policy": 2,
+        "optim": "sgd",
+        "learning_rate": 1e-4,
+        "num_train_epochs": 3,
+        "max_grad_norm": 0,
+    }
+    one, log_one = run(per_device_train_batch_size=8, **plain)
+    eight, log_eight = run(per_device_train_batch_size=1, gradient_accumulation_steps=8, **plain)
+    assert len(log_one) == len(log_eight) == 3 * math.ceil(len(rows) / 8)
+    for name in ("loss", "grad_norm"):
+        assert [e[name] for e in log_eight] == pytest.approx([e[name] for e in log_one], rel=1e-4), name
+    pairs = list(zip(make_model(2).parameters(), one.parameters(), eight.parameters(), strict=True))
+    for _, a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert max((a - start).abs().max().item() for start, a, _ in pairs) > 1e-4
+
+
+def test_at_the_first_step_all_targets_weigh_eta_against_the_checkpoint_that_is_trained(
+    run: Run, groups: list[Group]
+) -> None:
+    """P_{t-1} = 0 exactly, the "<=" side; scoring and training must not fall on both sides of it by rounding."""
+    newest = [
+        g._replace(
+            players_chosen=g.players_chosen[:1],
+            players_rejected=[row[:1] for row in g.players_rejected],
+            beta=[[1.0] for _ in g.beta],
+        )
+        for g in groups
+    ]
+    _, log = run(rows=newest, per_device_train_batch_size=16)
+    assert log[0]["weights/target_active"] == 1.0
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 6])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does_byte_for_byte(stop: int, run: Run, tmp_path: Path) -> None:
+    def interrupt(step: int, metrics: dict[str, float]) -> None:
+        if step == stop:
+            raise KeyboardInterrupt
+
+    expected, expected_log = run(num_train_epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupt, tmp_path / "state", num_train_epochs=2)
+    sent: dict[int, dict[str, float]] = {}
+    found, log = run(sent.__setitem__, tmp_path / "state", num_train_epochs=2)
+    assert weights_digest(found) == weights_digest(expected)
+    assert untimed(log) == untimed(expected_log)
+    assert list(sent) == list(range(1, 9))
+
+
+def test_a_state_that_was_cut_short_is_passed_over(run: Run, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    expected, _ = run(state=state)
+    broken = state / "checkpoint-99"
+    broken.mkdir()
+    (broken / "trainer_state.json").write_text('{"global_step": 9')
+    found, _ = run(state=state)
+    assert weights_digest(found) == weights_digest(expected)
+
+
+def test_equal_inputs_give_equal_bytes(run: Run) -> None:
+    (one, log), (other, same_log) = run(), run()
+    assert weights_digest(one) == weights_digest(other)
+    assert untimed(log) == untimed(same_log)
+
+
+@pytest.mark.parametrize(("field", "row"), [("players_chosen", 0), ("players_chosen", 5), ("beta", 11)])
+def test_a_number_that_is_not_finite_stops_training_and_leaves_the_last_good_state(
+    field: str, row: int, run: Run, groups: list[Group], tmp_path: Path
+) -> None:
+    def poison(item: Any) -> Any:
+        return [poison(part) for part in item] if isinstance(item, list) else float("nan")
+
+    rows = [g._replace(**{field: poison(getattr(g, field))}) if i == row else g for i, g in enumerate(groups)]
+    seen: list[int] = []
+    with pytest.raises(TpawError, match=r"loss.* not finite by step \d+; lower the learning rate") as caught:
+        run(lambda step, metrics: seen.append(step), tmp_path / "state", rows, save_steps=1)
+    bad = int(re.search(r"step (\d+)", str(caught.value))[1])
+    assert seen == list(range(1, bad))
+    assert [path.name for path in (tmp_path / "state").glob("*")] == [f"checkpoint-{bad - 1}"] * (bad > 1)
+
+
+def test_collate_holds_each_distinct_sequence_of_a_prompt_once() -> None:
+    first = Group([1, 2], [3], [[4, 5], [3], [4, 5]], [-1.0], [[-2.0], [-1.0], [-2.0]], [[1.0]] * 3)
+    second = Group([6], [3], [[4, 5]], [-3.0], [[-4.0]], [[1.0]])
+    batch = training.collate([first, second], pad_id=0)
+    assert batch.sequences.input_ids.tolist() == [[1, 2, 3, 0], [1, 2, 4, 5], [6, 3, 0, 0], [6, 4, 5, 0]]
+    assert batch.sequences.response_mask.tolist() == [[0, 0, 1, 0], [0, 0, 1, 1], [0, 1, 0, 0], [0, 1, 1, 0]]
+    assert batch.chosen.tolist() == [0, 0, 0, 2]
+    assert batch.rejected.tolist() == [1, 0, 1, 3]
+    assert batch.players_chosen.tolist() == [[-1.0], [-1.0], [-1.0], [-3.0]]
+    assert batch.players_rejected.tolist() == [[-2.0], [-1.0], [-2.0], [-4.0]]
+    assert batch.groups == 2
+
+
+def test_sft_lowers_the_loss_of_its_rows(
+    make_model: Callable[[int], Any], encoded: list[Encoded], tokenizer: Any, tmp_path: Path
+) -> None:
+    model, pad_id = make_model(0), tokenizer.pad_token_id
+    pairs = [(e.prompt_ids, e.chosen_ids) for e in encoded[:8]]
+    before = sum(scoring.score(model, pairs, pad_id=pad_id))
+    tokens = sum(len(response) for _, response in pairs)
+    log = training.sft(
+        model,
+        pairs,
+        settings(per_device_train_batch_size=8, num_train_epochs=6, learning_rate=3e-3),
+        pad_id=pad_id,
+        seed=0,
+        state=tmp_path,
+        on_log=lambda step, metrics: None,
+    )
+    assert log[0]["loss"] == pytest.approx(-before / tokens, rel=1e-4)
+    assert sum(scoring.score(model.eval(), pairs, pad_id=pad_id)) > before + tokens
+    assert log[-1]["loss"] < log[0]["loss"] - 1
