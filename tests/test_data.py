@@ -256,34 +256,24 @@ MAWPS = {"Question": "Tom has number0 pens and buys number1 .", "Numbers": "3.0 
 
 
 @pytest.mark.parametrize(
-    ("changes", "prompt", "completion"),
+    ("equation", "answer"),
     [
-        ({"Answer": "7.5"}, "Tom has 3 pens and buys 4.5 .", "3 + 4.5 = 7.5\n#### 7.5"),
-        (
-            {"Equation": "* + number0 number1 2", "Answer": "15.0"},
-            "Tom has 3 pens and buys 4.5 .",
-            "( 3 + 4.5 ) * 2 = 15\n#### 15",
-        ),
-        (
-            {"Equation": "* + number0 2 + number1 1", "Answer": "27.5"},
-            "Tom has 3 pens and buys 4.5 .",
-            "( 3 + 2 ) * ( 4.5 + 1 ) = 27.5\n#### 27.5",
-        ),
-        ({"Question": "Take number0 .", "Equation": "number0", "Answer": "3"}, "Take 3 .", "3 = 3\n#### 3"),
-        (
-            {"Question": "number1 and number10", "Numbers": " ".join(map(str, range(11))), "Answer": "1"},
-            "1 and 10",
-            "0 + 1 = 1\n#### 1",
-        ),
+        ("+ number0 number1", "7.5"),
+        ("- number0 number1", "-1.5"),
+        ("/ number0 number1", "0.67"),
+        ("* + number0 number1 2", "15.0"),
+        ("* + number0 2 + number1 1", "27.5"),
+        ("number1", "4.5"),
     ],
 )
-def test_a_mawps_row_gets_its_numbers_back(
-    changes: dict[str, str], prompt: str, completion: str, prepare: Prepare
+def test_a_mawps_row_keeps_its_numbers_masked_and_its_target_is_the_equation(
+    equation: str, answer: str, prepare: Prepare
 ) -> None:
-    prepare([{**MAWPS, **changes}], [{**MAWPS, "Question": "other", "Answer": "7.5"}], format="mawps")
-    (row,) = data.read(Path("data/train.jsonl"))
-    assert row.prompt == [{"role": "user", "content": prompt}]
-    assert row.completion == completion
+    row = {**MAWPS, "Equation": equation, "Answer": answer}
+    prepare([row], [{**row, "Question": "other"}], format="mawps")
+    (made,) = data.read(Path("data/train.jsonl"))
+    assert made.prompt == [{"role": "user", "content": MAWPS["Question"]}]
+    assert made.completion == f"#### {equation}"
 
 
 @pytest.mark.parametrize(
@@ -292,6 +282,9 @@ def test_a_mawps_row_gets_its_numbers_back(
         {"Numbers": "three 4"},
         {"Equation": "+ number0"},
         {"Equation": "number0 number1"},
+        {"Equation": "+ number0 number2"},
+        {"Equation": "/ number0 0"},
+        {"Answer": "8.5"},
         {"Answer": "?"},
         {"Answer": None},
     ],
@@ -311,14 +304,9 @@ def test_mawps_fold_0_is_read_and_its_equations_hold(workspace_folder: Path) -> 
     counts = data.prepare(
         settings(path=str(fold / "train.csv"), heldout_path=str(fold / "dev.csv"), format="mawps", drop_overlap=True), 1
     )
-    assert counts["train"] > 0.9 * lines["train.csv"]
-    assert counts["heldout"] > 0.5 * lines["dev.csv"]
-    right = 0
-    for row in data.read(Path("data/train.jsonl")):
-        assert not re.search(r"number\d", row.prompt[0]["content"] + row.completion)
-        expression, answer = re.fullmatch(r"(.+) = (.+)\n#### \2", row.completion).groups()
-        right += eval(expression) == pytest.approx(float(answer), abs=0.01)
-    assert right > 0.99 * counts["train"]  # the release itself holds a few answers that its equations do not give
+    assert counts["train"] > 0.8 * lines["train.csv"]
+    assert counts["heldout"] > 0.6 * lines["dev.csv"]
+    assert all(re.fullmatch(r"#### [-+*/ \d.number]+", row.completion) for row in data.read(Path("data/train.jsonl")))
 
 
 @needs_shared

@@ -168,8 +168,10 @@ def test_at_the_first_step_all_targets_weigh_eta_against_the_checkpoint_that_is_
     assert log[0]["weights/target_active"] == 1.0
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 6])
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does_byte_for_byte(stop: int, run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stop", "saved"), [(1, None), (2, None), (3, 2), (6, 4)])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does_byte_for_byte(
+    stop: int, saved: int | None, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupt(step: int, metrics: dict[str, float]) -> None:
         if step == stop:
             raise KeyboardInterrupt
@@ -179,6 +181,8 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does_byte_for_byte(stop: 
         run(interrupt, tmp_path / "state", num_train_epochs=2)
     sent: dict[int, dict[str, float]] = {}
     found, log = run(sent.__setitem__, tmp_path / "state", num_train_epochs=2)
+    resumed = re.findall(r"resuming from .*/checkpoint-(\d+)", capsys.readouterr().out)
+    assert resumed == ([] if saved is None else [str(saved)])
     assert weights_digest(found) == weights_digest(expected)
     assert untimed(log) == untimed(expected_log)
     assert list(sent) == list(range(1, 9))

@@ -86,20 +86,24 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTraine
 def load_model(source: str | Path, *, dtype: str = "auto", revision: str | None = None) -> PreTrainedModel:
     """The model in evaluation mode on the accelerator, if there is one."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     model = _load(AutoModelForCausalLM, source, revision, dtype=dtype, use_safetensors=True)
+    # What a model brings along (a repetition penalty, a minimal length) would sample from something else than pi.
+    model.generation_config = GenerationConfig(eos_token_id=model.config.eos_token_id)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def _load(loader: Any, source: str | Path, revision: str | None, **options: Any) -> Any:
+    from safetensors import SafetensorError
+
     if Path(source).is_dir():
         pickles = [p for p in Path(source).iterdir() if p.suffix in PICKLE]
         if pickles and not list(Path(source).glob("*.safetensors")):
             raise TpawError(f"{pickles[0]}: is a pickle file, which can run code when loaded; use safetensors")
     try:
         return loader.from_pretrained(source, revision=revision, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         offline = (
             " HF_HUB_OFFLINE is set: unset it, or name a local folder." if os.environ.get("HF_HUB_OFFLINE") else ""
         )

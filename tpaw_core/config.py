@@ -8,12 +8,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -29,7 +30,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Scratch(Section):
@@ -107,7 +108,8 @@ class Generation(Section):
 class Team(Section):
     policy: Literal["latest"] = "latest"
     size: Count = 3
-    exclude: list[int | str] = []  # iterations or checkpoint digests that never play
+    # Iterations, or digests of checkpoints (8 characters or more), that never play.
+    exclude: list[int | Annotated[str, Field(pattern="^[0-9a-f]{8,64}$")]] = []
 
 
 class Objective(Section):
@@ -129,6 +131,15 @@ class Evaluation(Section):
     max_new_tokens: Count = 512
     batch_size: Count = 64
     limit: Count | None = None
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"is not a regular expression ({error})") from None
+        return pattern
 
 
 class Iteration(Section):
@@ -245,10 +256,23 @@ def resolve(
 
 
 def validate(tree: Mapping[str, Any], source: str) -> Params:
+    for key, value in _leaves(tree):
+        if value is not None and not isinstance(value, (bool, int, float, str)):
+            raise TpawError(
+                f"{source}: {key}: {value} is a {type(value).__name__}, which nothing takes; quote it as text"
+            )
     try:
         return Params.model_validate(json.loads(json.dumps(tree)))
     except ValidationError as error:
         raise TpawError("\n".join(_explain(item, source) for item in error.errors())) from None
+
+
+def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, (dict, list)):
+        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, tree
 
 
 def _yaml() -> YAML:
@@ -301,6 +325,8 @@ def _fields(location: list[str]) -> list[str]:
     for part in location:
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             break
+        if model is Iteration:  # its number is no field
+            continue
         if part not in model.model_fields:
             return []
         annotation = model.model_fields[part].annotation

@@ -8,6 +8,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
+import operator
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -191,33 +193,28 @@ def _row(item: Any, data: Data) -> Row:
 
 
 def _mawps(item: dict[str, str]) -> dict[str, str]:
-    """A MAWPS row with its masked numbers put back; the target is the equation worked out, then "#### answer"."""
+    """A MAWPS row: the question with its numbers masked, as it comes; the target is its equation in prefix notation."""
     try:
-        numbers = [_plain(n) for n in item["Numbers"].split()]
-        question, equation = item["Question"], item["Equation"].split()
-        answer = _plain(item["Answer"])
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        question, equation, answer = item["Question"], item["Equation"], float(item["Answer"])
+        value = _value(equation.split(), [float(number) for number in item["Numbers"].split()])
+    except (KeyError, AttributeError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise Unusable(f"is not a MAWPS row ({type(error).__name__}: {error})") from None
-    for index in reversed(range(len(numbers))):
-        question = question.replace(f"number{index}", numbers[index])
-        equation = [numbers[index] if token == f"number{index}" else token for token in equation]
-    return {"prompt": question, "completion": f"{_infix(equation)} = {answer}\n#### {answer}"}
+    if not math.isclose(value, answer, rel_tol=1e-2, abs_tol=1e-2):
+        raise Unusable(f"its equation {equation!r} gives {value:g}, its answer is {answer:g}")
+    return {"prompt": question, "completion": f"#### {equation}"}
 
 
-def _plain(number: str) -> str:
-    value = round(float(number), 4)
-    return str(int(value)) if value == int(value) else str(value)
-
-
-def _infix(prefix: list[str]) -> str:
-    stack: list[str] = []
-    try:
-        for token in reversed(prefix):
-            stack.append(f"( {stack.pop()} {token} {stack.pop()} )" if token in "+-*/" else token)
-        (expression,) = stack
-    except (IndexError, ValueError):
-        raise Unusable(f"its equation {' '.join(prefix)!r} is not in prefix notation") from None
-    return expression.removeprefix("( ").removesuffix(" )") if prefix[0] in "+-*/" else expression
+def _value(prefix: list[str], numbers: list[float]) -> float:
+    """What an equation in prefix notation comes to."""
+    apply = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+    stack: list[float] = []
+    for token in reversed(prefix):
+        if token in apply:
+            stack.append(apply[token](stack.pop(), stack.pop()))
+        else:
+            stack.append(numbers[int(token[6:])] if token.startswith("number") else float(token))
+    (value,) = stack
+    return value
 
 
 def _is_file(path: str) -> bool:
@@ -230,7 +227,13 @@ def _file(path: Path) -> Source:
         raise TpawError(f"{path}: is empty; it needs one row a line")
     if path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8") as file:
-            return Source(str(path), list(csv.DictReader(file)))
+            rows = csv.DictReader(file)
+            try:
+                return Source(str(path), list(rows))
+            except csv.Error as error:
+                raise TpawError(f"{path}: line {rows.reader.line_num} is not CSV ({error})") from None
+            except UnicodeDecodeError as error:
+                raise TpawError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
     if path.suffix == ".parquet":
         import pyarrow.parquet
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tpaw_core.config import Evaluation
     from tpaw_core.data import Row
 
-HELDOUT = "heldout"
+HELDOUT, METRIC = "heldout", "exact_match"
 
 
 class Primary(TypedDict):
@@ -68,7 +68,15 @@ def evaluate(
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is not a name
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, max_length=max_length)
+    if settings.primary == HELDOUT and settings.metric != METRIC:
+        raise TpawError(f"evaluation.metric: {HELDOUT} is scored by {METRIC}, not by {settings.metric!r}")
+
+    def harness(own: bool) -> HFLM:
+        # `heldout` comes rendered: no BOS is added, and the room for the answer is not cut from the prompt.
+        options: dict[str, Any] = {"add_bos_token": False} if own else {}
+        length = max_length + settings.max_new_tokens if own else max_length
+        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, max_length=length, **options)
+
     found: dict[str, Any] = {}
     sampled: list[Any] = []
     with tempfile.TemporaryDirectory(prefix="tpaw-evaluation-") as folder:
@@ -80,7 +88,7 @@ def evaluate(
             if not own and task not in manager.all_tasks:
                 raise TpawError(f"evaluation.tasks: lm-evaluation-harness knows no task {task!r}")
             results = simple_evaluate(
-                harness,
+                harness(own),
                 tasks=[task],
                 task_manager=manager,
                 limit=settings.limit,
@@ -93,7 +101,7 @@ def evaluate(
             )
             found.update(_plain(results))
             sampled += results.get("samples", {}).get(HELDOUT, [])
-    return Results(_primary(found, settings), found, [_sample(s, settings.metric) for s in sampled])
+    return Results(_primary(found, settings), found, [_sample(s) for s in sampled])
 
 
 def answer(text: str, pattern: str) -> str | None:
@@ -134,7 +142,7 @@ def _write_task(folder: Path, heldout: Sequence[Row], tokenizer: PreTrainedToken
                 ],
             }
         ],
-        "metric_list": [{"metric": settings.metric, "aggregation": "mean", "higher_is_better": True}],
+        "metric_list": [{"metric": METRIC, "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1},
     }
     (folder / "heldout.yaml").write_text(json.dumps(task))
@@ -168,11 +176,11 @@ def _primary(benchmarks: dict[str, dict[str, float]], settings: Evaluation) -> P
     )
 
 
-def _sample(sample: Any, metric: str) -> Sample:
+def _sample(sample: Any) -> Sample:
     doc = sample["doc"]
     return Sample(
         prompt=doc["text"].strip(),
         target=doc["target"],
         completion=sample["resps"][0][0],
-        correct=float(sample[metric]),
+        correct=float(sample[METRIC]),
     )

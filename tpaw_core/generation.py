@@ -56,6 +56,7 @@ def generate(
     batches = [order[i : i + settings.batch_size] for i in range(0, len(order), settings.batch_size)]
     sample = settings.temperature > 0
     responses: dict[int, Response] = {}
+    own, model.generation_config = model.generation_config, GenerationConfig()  # or its penalties are mixed in below
     set_seed(seed)
     for batch in progress(batches, "generating", size=len):
         longest = max(len(prompts[i]) for i in batch)
@@ -80,6 +81,7 @@ def generate(
             )
         for index, row in zip(batch, out[:, longest:].tolist(), strict=True):
             responses[index] = _cut(row, eos_id, room[index])
+    model.generation_config = own
     return [responses[i] for i in range(len(prompts))]
 
 

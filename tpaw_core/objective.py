@@ -62,10 +62,12 @@ def tpaw_loss(
     Raises:
         ValueError: the shapes do not agree.
     """
-    if not players_chosen.shape == players_rejected.shape == beta.shape == (*policy_chosen.shape, beta.shape[-1]):
+    triplets = (*policy_chosen.shape, beta.shape[-1])
+    agree = players_chosen.shape == players_rejected.shape == beta.shape == triplets
+    if not (agree and policy_chosen.shape == policy_rejected.shape):
         raise ValueError(
-            f"shapes disagree: policy {tuple(policy_chosen.shape)}, players {tuple(players_chosen.shape)} and "
-            f"{tuple(players_rejected.shape)}, beta {tuple(beta.shape)}"
+            f"shapes disagree: policy {tuple(policy_chosen.shape)} and {tuple(policy_rejected.shape)}, "
+            f"players {tuple(players_chosen.shape)} and {tuple(players_rejected.shape)}, beta {tuple(beta.shape)}"
         )
     reward_chosen = implicit_reward(policy_chosen, players_chosen, scale)
     reward_rejected = implicit_reward(policy_rejected, players_rejected, scale)

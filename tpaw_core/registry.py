@@ -7,6 +7,7 @@ Knows MLflow; must not know torch or the flow.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import urllib.error
@@ -26,6 +27,7 @@ from tpaw_core.errors import TpawError, Unavailable
 from tpaw_core.team import Candidate
 
 EXPERIMENT = "tpaw"
+UNFINISHED = "attributes.status != 'FINISHED'"
 MODEL = "tpaw-policy"
 NEWEST, CHAMPION = "newest", "champion"  # MLflow reserves "latest" for its own models:/NAME/latest
 LOCAL = workspace.STATE / "mlflow"
@@ -47,14 +49,14 @@ class Registry:
             _answering(uri)
         else:
             LOCAL.mkdir(parents=True, exist_ok=True)
-        self.client = MlflowClient(uri)
         self.params = params
-        self.workspace = _workspace_id()
+        self._key = {"tpaw.workspace": _workspace_id(), "tpaw.params": params.digest(), "tpaw.kind": "run"}
         try:
+            self.client = MlflowClient(uri)
             found = self._experiment(uri)
         except MlflowException as error:
             raise TpawError(
-                f"MLflow at {uri}: {str(error).splitlines()[0]}; look at the server's log, and at "
+                f"MLFLOW_TRACKING_URI {uri}: {str(error).splitlines()[0]}; look at the server's log, and at "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where it asks for them"
             ) from None
         self.experiment: str = found.experiment_id
@@ -76,16 +78,20 @@ class Registry:
 
     def parent(self) -> Run:
         """The unfinished run of this workspace and these params, or a new one: a continued flow continues its run."""
-        key = {"tpaw.workspace": self.workspace, "tpaw.params": self.params.digest(), "tpaw.kind": "run"}
         session = os.environ.get("TPAW_SESSION", "")
-        if unfinished := self._find(key, "attributes.status != 'FINISHED'"):
+        if unfinished := self._find(self._key, UNFINISHED):
             if session:
                 self.client.set_tag(unfinished.info.run_id, "prefect.flow_run_id", session)
             return unfinished
-        tags = {**key, "tpaw.recipe": self.params.recipe, **({"prefect.flow_run_id": session} if session else {})}
+        tags = {**self._key, "tpaw.recipe": self.params.recipe, **({"prefect.flow_run_id": session} if session else {})}
         run = self.client.create_run(self.experiment, tags=tags, run_name=self.params.recipe)
         self._log_params(run, _flat(self.params.model_dump(by_alias=True, exclude_none=True)))
         return run
+
+    def _reopen(self) -> None:
+        """Go on with the last run of this workspace and these params where it has ended: a report belongs to it."""
+        if self._find(self._key, UNFINISHED) is None and (ended := self._find(self._key)):
+            self.client.update_run(ended.info.run_id, status="RUNNING")
 
     def iteration(self, iteration: int) -> Run:
         """The run of one iteration, under the parent."""
@@ -106,12 +112,11 @@ class Registry:
 
     def finish(self, status: str = "FINISHED") -> str | None:
         """End the workspace's run under these params, if one is going on; gives its id."""
-        key = {"tpaw.workspace": self.workspace, "tpaw.params": self.params.digest(), "tpaw.kind": "run"}
-        run = self._find(key, "attributes.status != 'FINISHED'")
+        run = self._find(self._key, UNFINISHED)
         if run is None:
             return None
         for child in self.client.search_runs(
-            [self.experiment], f"tags.`mlflow.parentRunId` = '{run.info.run_id}' and attributes.status != 'FINISHED'"
+            [self.experiment], f"tags.`mlflow.parentRunId` = '{run.info.run_id}' and {UNFINISHED}"
         ):
             self.client.set_terminated(child.info.run_id, status)
         self.client.set_terminated(run.info.run_id, status)
@@ -189,6 +194,7 @@ class Registry:
         self, iteration: int, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
     ) -> None:
         """The benchmark figures and a table of samples into the iteration's run; the alias `champion` to the best."""
+        self._reopen()
         run_id = self.iteration(iteration).info.run_id
         figures = {
             f"eval/{task}/{name.split(',')[0]}": float(value)
@@ -273,6 +279,8 @@ def _answering(uri: str) -> None:
         opener.open(f"{uri.rstrip('/')}/health", timeout=10).close()
     except urllib.error.HTTPError:
         return  # it answers; who may do what is its own matter
+    except (http.client.InvalidURL, ValueError) as error:
+        raise TpawError(f"MLFLOW_TRACKING_URI {uri}: not an address ({error}); mend or unset it") from None
     except OSError as error:
         raise Unavailable(
             f"MLFLOW_TRACKING_URI {uri}: no MLflow server answers ({error}); start it with `make up`, "

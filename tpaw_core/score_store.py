@@ -44,7 +44,7 @@ class ScoreStore:
         if new:
             values = score(list(new.values()))
             self._scores.update(zip(new, values, strict=True))
-            number = len(list(self.folder.glob("*.parquet")))
+            number = max((int(file.stem) for file in self.folder.glob("*.parquet")), default=-1) + 1
             with workspace.publish(self.folder / f"{number:06d}.parquet") as aside:
                 pq.write_table(pa.table({"key": list(new), "logp": pa.array(values, pa.float64())}), aside)
         return [self._scores[k] for k in keys], len(new)

@@ -483,8 +483,9 @@ def _registry(params: Params) -> Registry | None:
     """None where mlflow is not installed, as on a bare machine that only trains."""
     try:
         from tpaw_core.registry import Registry
-    except ModuleNotFoundError as error:
-        if error.name != "mlflow":
+    except ImportError as error:
+        # "mlflow.entities" where a folder mlflow/ in the current one passes for the package.
+        if (error.name or "").split(".")[0] != "mlflow":
             raise
         print("mlflow is not installed: this stage is not recorded", file=sys.stderr, flush=True)
         return None

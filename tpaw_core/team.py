@@ -34,7 +34,8 @@ def assemble(
 
     def excluded(candidate: Candidate) -> bool:
         return any(
-            entry == candidate.iteration or (isinstance(entry, str) and candidate.digest.startswith(entry))
+            entry == candidate.iteration
+            or (isinstance(entry, str) and len(entry) >= 8 and candidate.digest.startswith(entry))
             for entry in exclude
         )
 

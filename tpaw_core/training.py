@@ -118,10 +118,13 @@ class SelfPlayTrainer(_Trainer):
         batch = GroupBatch(sequences, **inputs)
         logps = response_logps(model, sequences)
         chosen, rejected = logps[batch.chosen], logps[batch.rejected]
+        # Scoring pads differently: without this, P_{t-1} = 0 at the first step would fall on either side by rounding.
+        same = (chosen.detach()[:, None] - batch.players_chosen).abs() <= 1e-5 * batch.players_chosen.abs()
+        players_chosen = torch.where(same, chosen.detach()[:, None], batch.players_chosen)
         losses = tpaw_loss(
             chosen,
             rejected,
-            batch.players_chosen,
+            players_chosen,
             batch.players_rejected,
             batch.beta,
             scale=self.objective.lambda_,
@@ -215,7 +218,7 @@ def self_play(
 def _arguments(settings: Optimisation, seed: int, state: Path, rows: int) -> TrainingArguments:
     batch = settings.per_device_train_batch_size
     steps = math.ceil(math.ceil(rows / batch) / settings.gradient_accumulation_steps) * settings.num_train_epochs
-    arguments = TrainingArguments(
+    arguments = _checked(
         output_dir=str(state),
         learning_rate=settings.learning_rate,
         num_train_epochs=settings.num_train_epochs,
@@ -244,6 +247,13 @@ def _arguments(settings: Optimisation, seed: int, state: Path, rows: int) -> Tra
     if arguments.n_gpu > 1:  # Trainer would split a batch's rows over devices, and the triplets that index them
         arguments._n_gpu = 1
     return arguments
+
+
+def _checked(**options: Any) -> TrainingArguments:
+    try:
+        return TrainingArguments(**options)
+    except (ValueError, ImportError) as error:  # an unknown optimiser or schedule, bf16 where the device has none
+        raise TpawError(f"sft or training: {str(error).splitlines()[0]}") from None
 
 
 def _run(trainer: _Trainer, state: Path) -> list[dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -58,13 +59,21 @@ def publish(target: Path) -> Iterator[Path]:
     A failure, a full disk included, leaves what ``target`` held before.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{glob.escape(target.name)}-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     made = aside / target.name
     try:
         yield made
         if target.is_dir() and not target.is_symlink():
             target.rename(aside / "replaced")
-        os.replace(made, target)
+            try:
+                os.replace(made, target)
+            except OSError:
+                (aside / "replaced").rename(target)
+                raise
+        else:
+            os.replace(made, target)
     except OSError as error:
         raise TpawError(
             f"{target}: could not be written ({error.strerror or error}); free space or mend rights"
