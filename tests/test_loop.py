@@ -181,17 +181,17 @@ def test_a_changed_eta_concerns_training_but_not_the_first_answers(made: Workspa
         (made.folder / "params.yaml").write_text(before)
 
 
-def test_deleted_outputs_and_cache_come_back_with_the_same_digests(made: Workspace) -> None:
+def test_stages_run_again_give_the_same_digests(made: Workspace) -> None:
     before = made.lock()
-    for name in (".dvc/cache", "checkpoints/0", "synthetic/1.parquet", ".tpaw/training"):
-        path = made.folder / name
-        path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
-    assert made.run("dvc", "repro", "generate@1").stdout.count("Running stage") == 2
+    stages = ["sft", "generate@1", "team@1"]
+    for stage in stages:
+        assert "Running stage" in made.run("dvc", "repro", "--force", "--single-item", stage).stdout
     assert made.lock() == before
 
 
 def test_a_killed_training_goes_on_from_its_last_state_and_ends_in_the_same_bytes(made: Workspace) -> None:
     digest = made.digest(2)
+    log = (made.folder / "training" / "2.jsonl").read_bytes()
     shutil.rmtree(made.folder / "checkpoints" / "2")
     process = subprocess.Popen([BIN / "tpaw", "train", "-t", "2"], cwd=made.folder, env=made.environment)
     state = made.folder / ".tpaw" / "training"
@@ -202,6 +202,7 @@ def test_a_killed_training_goes_on_from_its_last_state_and_ends_in_the_same_byte
     assert not (made.folder / "checkpoints" / "2").exists(), "training ended before it could be killed"
     assert "resuming from" in made.run("tpaw", "train", "-t", "2").stdout
     assert made.digest(2) == digest
+    assert (made.folder / "training" / "2.jsonl").read_bytes() == log
 
 
 def test_a_version_tagged_out_of_the_team_does_not_play(made: Workspace) -> None:

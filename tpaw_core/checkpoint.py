@@ -80,7 +80,10 @@ def verify(folder: Path) -> Manifest:
 def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    return _load(AutoTokenizer, source, revision)
+    tokenizer = _load(AutoTokenizer, source, revision)
+    for name in ("is_local", "local_files_only"):  # how it was loaded would be saved with it, and change the digest
+        tokenizer.init_kwargs.pop(name, None)
+    return tokenizer
 
 
 def load_model(source: str | Path, *, dtype: str = "auto", revision: str | None = None) -> PreTrainedModel:

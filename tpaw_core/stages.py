@@ -461,7 +461,7 @@ def _publish(
     if dtype == "auto":  # as the model came: training itself runs in float32
         dtype = "bfloat16" if params.training.bf16 else "float32"
     with workspace.publish(workspace.training_log(iteration)) as aside:
-        aside.write_text("".join(json.dumps(entry) + "\n" for entry in log))
+        aside.write_text("".join(json.dumps(entry, sort_keys=True) + "\n" for entry in log))
     with workspace.publish(workspace.checkpoint(iteration)) as aside:
         model.to(getattr(torch, dtype)).save_pretrained(aside)
         tokenizer.save_pretrained(aside)
