@@ -11,8 +11,9 @@ demo: up  ## SFT and four iterations on a small model, through Prefect, DVC and 
 	$(BIN)/prefect deployment run tpaw/iterate --watch --param recipe=demo --param 'overrides=["seed=$(SEED)"]'
 	@echo && $(BIN)/tpaw table && echo && $(BIN)/tpaw status
 
+# One file on one process: the tests of the loop share a workspace.
 test: install  ## all tests but the one that needs vllm
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-vllm: install vllm  ## the vllm backend against the transformers backend
 	$(BIN)/pytest -m vllm
