@@ -302,7 +302,7 @@ def train(params: Params, iteration: int) -> None:
             for i, e in enumerate(encoded)
         ]
         objective, settings = params.objective_at(iteration), params.training_at(iteration)
-        made_by = config.digest([params.seed, objective.model_dump(), settings.model_dump()])
+        made_by = config.digest([params.seed, params.model.dtype, objective.model_dump(), settings.model_dump()])
         identity = config.digest([made_by, manifest["digest"], workspace.sha256(path)])
         state = workspace.TRAINING_STATE / f"{iteration}-{identity[:16]}"
         model = checkpoint.load_model(folder, dtype="float32")
