@@ -34,11 +34,7 @@ RETRY: dict[str, Any] = {"retries": 2, "retry_delay_seconds": [5, 30], "retry_co
 @task
 def configure(recipe: str | None, overrides: list[str], iterations: int | None) -> Params:
     """params.yaml says what runs: switch the recipe, apply the overrides, add iterations where there are too few."""
-    params, text = config.resolve(recipe, overrides, iterations)
-    if not config.PARAMS_FILE.exists() or config.PARAMS_FILE.read_text(encoding="utf-8") != text:
-        with workspace.publish(config.PARAMS_FILE) as aside:
-            aside.write_text(text, encoding="utf-8")
-    return params
+    return config.switch(recipe, overrides, iterations)
 
 
 @task(**RETRY)

@@ -23,10 +23,10 @@ def tpaw(tmp_path: Path) -> Tpaw:
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "params.yaml")
 
-    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, cwd: Path = tmp_path, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "tpaw_core", *arguments],
-            cwd=tmp_path,
+            cwd=cwd,
             env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
             capture_output=True,
             text=True,
@@ -159,3 +159,17 @@ def test_a_damaged_team_file_is_named(tpaw: Tpaw, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (
         1, "error: teams/1.json: is damaged; make it again with `tpaw team --iteration 1`\n"
     )  # fmt: skip
+
+
+def test_a_disk_that_runs_full_in_a_stage_is_one_message_and_costs_nothing_made(tpaw: Tpaw, small_disk: Path) -> None:
+    params(small_disk, "data.max_train_rows=16", "data.max_heldout_rows=4", "sft.num_train_epochs=1")
+    assert tpaw("data", cwd=small_disk).returncode == 0
+    rows = (small_disk / "data" / "train.jsonl").read_bytes()
+    done = tpaw("sft", cwd=small_disk)
+    assert done.returncode == 1
+    error = done.stderr[done.stderr.index("error: ") :]
+    assert error.startswith(f"error: {small_disk}")
+    assert "No space left on device" in error
+    assert len(error.splitlines()) == 1
+    assert not (small_disk / "checkpoints").exists()
+    assert (small_disk / "data" / "train.jsonl").read_bytes() == rows

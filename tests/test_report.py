@@ -19,10 +19,15 @@ def measured(workspace_folder: Path) -> Measure:
     """Write metrics/<t>.json and training/<t>.jsonl of one checkpoint."""
 
     def write(
-        iteration: int, value: float, training: dict[str, float], log: list[dict[str, Any]] | None = None
+        iteration: int,
+        value: float,
+        training: dict[str, float],
+        log: list[dict[str, Any]] | None = None,
+        parent: str | None = None,
     ) -> None:
         primary = {"benchmark": "heldout", "metric": "exact_match", "value": value, "stderr": 0.0123456, "n": 1000}
-        metrics = {"primary": primary, "benchmarks": {}, "training": training}
+        lineage = {"checkpoint": f"digest {iteration}", "parent": parent or f"digest {iteration - 1}"}
+        metrics = {"primary": primary, "benchmarks": {}, "training": training, **lineage}
         for folder in ("metrics", "training"):
             Path(folder).mkdir(exist_ok=True)
         Path("metrics", f"{iteration}.json").write_text(json.dumps(metrics))
@@ -67,6 +72,16 @@ def test_the_table_has_a_row_a_checkpoint_in_order_and_dashes_where_nothing_was_
         ["10", "heldout exact_match", "0.6000", "0.0123", "1000", "0.2500", "-1.5000", "0.1250"],
     ]
     assert {len(line) for line in (head, rule, *rows)} == {len(head)}
+
+
+def test_checkpoints_of_an_earlier_lineage_are_left_out_and_named(measured: Measure) -> None:
+    for iteration, parent in enumerate([None, None, "digest of an earlier 1", None]):
+        measured(iteration, 0.5, REWARDS if iteration else {}, parent=parent)
+    assert list(report.evaluated()) == [0, 1]
+    lines = report.table().splitlines()
+    assert len(lines) == 6
+    assert cells(lines[3])[0] == "1"
+    assert lines[-1] == "Left out, as made from an earlier checkpoint 1: 2, 3."
 
 
 def test_the_report_holds_the_table_and_every_plot(measured: Measure, tmp_path: Path) -> None:

@@ -32,16 +32,24 @@ def main() -> None:
     sys.argv = [argument for argument in sys.argv if argument != "--traceback"]
     try:
         app()
-    except TpawError as error:
-        if show:
+    except Exception as error:
+        if show or (message := _explanation(error)) is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
-    except OSError as error:
-        if show or error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}; free space or mend the file's rights", file=sys.stderr)
-        sys.exit(1)
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(error.exit_status if isinstance(error, TpawError) else 1)
+
+
+def _explanation(error: Exception) -> str | None:
+    """What to tell the user instead of a traceback; None where only a traceback can help."""
+    from tpaw_core import workspace
+
+    if isinstance(error, TpawError):
+        return str(error)
+    if said := workspace.disk_full(error):
+        return str(said)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; free space or mend the file's rights"
+    return None
 
 
 @app.callback()
@@ -64,15 +72,13 @@ def use(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
 ) -> None:
     """Switch params.yaml to a recipe, with overrides."""
-    from tpaw_core import config, workspace
+    from tpaw_core import config
 
     given = list(overrides or [])
     if recipe is not None and "=" in recipe:
         given.insert(0, recipe)
         recipe = None
-    params, text = config.resolve(recipe, given)
-    with workspace.publish(config.PARAMS_FILE) as aside:
-        aside.write_text(text, encoding="utf-8")
+    params = config.switch(recipe, given)
     print(f"params.yaml: recipe {params.recipe}{', ' + ', '.join(given) if given else ''}")
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from tpaw_core import workspace
 from tpaw_core.errors import TpawError
 
 PARAMS_FILE = Path("params.yaml")
@@ -253,6 +254,15 @@ def resolve(
     text = StringIO()
     _yaml().dump(tree, text)
     return params, text.getvalue()
+
+
+def switch(recipe: str | None, overrides: Iterable[str] = (), iterations: int | None = None) -> Params:
+    """Resolve, and write params.yaml where that changes it."""
+    params, text = resolve(recipe, overrides, iterations)
+    if not PARAMS_FILE.exists() or PARAMS_FILE.read_text(encoding="utf-8") != text:
+        with workspace.publish(PARAMS_FILE) as aside:
+            aside.write_text(text, encoding="utf-8")
+    return params
 
 
 def validate(tree: Mapping[str, Any], source: str) -> Params:

@@ -80,7 +80,7 @@ def prepare(data: Data, seed: int) -> dict[str, int]:
 def _origin(data: Data, seed: int) -> str:
     """Digest of all that decides the rows: settings, seed, and the bytes of local files."""
     files = [Path(path) for path in (data.path, data.heldout_path) if path and Path(path).is_file()]
-    return digest([data.model_dump(), seed, [workspace.sha256(path) for path in files]])
+    return digest([data.model_dump(exclude={"max_self_play_rows"}), seed, [workspace.sha256(path) for path in files]])
 
 
 def _up_to_date(made_from: str) -> dict[str, int] | None:

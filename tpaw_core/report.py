@@ -16,7 +16,14 @@ ACCENT, SECOND, THIRD = "#2a6f97", "#c8553d", "#6a994e"
 
 
 def evaluated() -> dict[int, dict[str, Any]]:
-    """metrics/<t>.json of every evaluated checkpoint, by iteration."""
+    """metrics/<t>.json of the evaluated checkpoints, by iteration, up to the first with another parent."""
+    found = _measured()
+    ends = (t for t in found if t - 1 in found and found[t]["parent"] != found[t - 1]["checkpoint"])
+    end = next(ends, None)
+    return {t: metrics for t, metrics in found.items() if end is None or t < end}
+
+
+def _measured() -> dict[int, dict[str, Any]]:
     found = {int(path.stem): json.loads(path.read_text()) for path in Path("metrics").glob("*.json")}
     return dict(sorted(found.items()))
 
@@ -53,13 +60,16 @@ def rows() -> list[dict[str, Any]]:
 
 
 def table() -> str:
-    """The rows as an aligned Markdown table."""
+    """The rows as an aligned Markdown table, and which checkpoints are left out of it."""
     cells = [COLUMNS] + [[_cell(row[name]) for name in COLUMNS] for row in rows()]
     widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
     lines = [
         "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
     ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *lines[1:]])
+    lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
+    if left_out := [str(t) for t in _measured() if t not in evaluated()]:
+        lines += ["", f"Left out, as made from an earlier checkpoint {int(left_out[0]) - 1}: {', '.join(left_out)}."]
+    return "\n".join(lines)
 
 
 def write(folder: Path) -> None:

@@ -333,7 +333,7 @@ def evaluate(params: Params, iteration: int) -> None:
 
     with workspace.exclusive(f"evaluate {iteration}"):
         folder = workspace.checkpoint(iteration)
-        checkpoint.verify(folder)
+        manifest = checkpoint.verify(folder)
         results = evaluation.evaluate(
             checkpoint.load_model(folder),
             checkpoint.load_tokenizer(folder),
@@ -346,6 +346,8 @@ def evaluate(params: Params, iteration: int) -> None:
             "primary": results.primary,
             "benchmarks": results.benchmarks,
             "training": _last_quarter(iteration),
+            "checkpoint": manifest["digest"],
+            "parent": manifest["parent"],
         }
         kept = results.samples[:20]
         with workspace.publish(workspace.samples(iteration)) as aside:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
@@ -78,8 +79,23 @@ def publish(target: Path) -> Iterator[Path]:
         raise TpawError(
             f"{target}: could not be written ({error.strerror or error}); free space or mend rights"
         ) from None
+    except Exception as error:
+        if said := disk_full(error):
+            raise said from None
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def disk_full(error: Exception) -> TpawError | None:
+    """What to say instead where the disk is full: libraries raise errors of their own that do not tell."""
+    told = os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(".").free < 1 << 20
+    if isinstance(error, TpawError) or not told:
+        return None
+    return TpawError(
+        f"{Path.cwd()}: the disk is full ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+        "free space and run the same command again, what was finished before is kept"
+    )
 
 
 @contextmanager
