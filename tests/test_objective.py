@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tpaw_core import config, scoring
+from tpaw_core import config, packing
+from tpaw_core.logps import response_logps
 from tpaw_core.objective import implicit_reward, target_weight, tpaw_loss
 from tpaw_core.weights import player_weights
 
@@ -179,8 +180,8 @@ def test_spin_is_trls_dpo_loss_with_the_previous_checkpoint_as_reference(
 
     spin = params.model_copy(update={"objective": params.objective.model_copy(update={"name": "spin"})}).objective_at(1)
     pairs = [(row["prompt_ids"], row[name]) for name in ("chosen_ids", "rejected_ids") for row in trainer.train_dataset]
-    padded = scoring.pad(pairs, tokenizer.pad_token_id)
-    theta, player = scoring.response_logps(policy, padded).chunk(2), scoring.response_logps(reference, padded).chunk(2)
+    padded = packing.pad([(prompt, [ids]) for prompt, ids in pairs], tokenizer.pad_token_id)
+    theta, player = response_logps(policy, padded).chunk(2), response_logps(reference, padded).chunk(2)
     player = [logps.detach()[:, None] for logps in player]
     beta = player_weights(player[0].numpy(), player[1].numpy(), gamma=spin.gamma, scale=spin.lambda_)
     found = tpaw_loss(*theta, *player, torch.tensor(beta).float(), scale=spin.lambda_, eta=spin.eta).loss.mean()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tpaw_core import config, scoring, training
+from tpaw_core import config, packing, scoring, training
 from tpaw_core.errors import TpawError
 from tpaw_core.objective import tpaw_loss
 from tpaw_core.template import Encoded
@@ -204,6 +204,24 @@ def test_equal_inputs_give_equal_bytes(run: Run) -> None:
     assert untimed(log) == untimed(same_log)
 
 
+def test_a_batch_cut_into_parts_makes_the_same_step(run: Run, groups: list[Group]) -> None:
+    plain = {"policy": 2, "optim": "sgd", "learning_rate": 1e-4, "per_device_train_batch_size": 16, "max_grad_norm": 0}
+    size = max(packing.tokens(training.tree(group)) for group in groups)
+    (whole, log), (parts, log_parts) = run(**plain, max_tokens=100_000), run(**plain, max_tokens=2 * size)
+    for name in ("loss", "grad_norm", "rewards/margins", "weights/target_active", "logps/chosen"):
+        assert [e[name] for e in log_parts] == pytest.approx([e[name] for e in log], rel=1e-4), name
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_products_train_as_float32_ones_do_but_for_rounding(run: Run) -> None:
+    (exact, log), (rounded, log_rounded) = run(policy=2), run(policy=2, bf16=True)
+    assert weights_digest(rounded) != weights_digest(exact)
+    for name in ("loss", "rewards/margins", "logps/chosen", "grad_norm"):
+        assert [e[name] for e in log_rounded] == pytest.approx([e[name] for e in log], rel=0.05, abs=0.05), name
+    assert {parameter.dtype for parameter in rounded.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize(("field", "row"), [("players_chosen", 0), ("players_chosen", 5), ("beta", 11)])
 def test_a_number_that_is_not_finite_stops_training_and_leaves_the_last_good_state(
     field: str, row: int, run: Run, groups: list[Group], tmp_path: Path
@@ -220,17 +238,18 @@ def test_a_number_that_is_not_finite_stops_training_and_leaves_the_last_good_sta
     assert [path.name for path in (tmp_path / "state").glob("*")] == [f"checkpoint-{bad - 1}"] * (bad > 1)
 
 
-def test_collate_holds_each_distinct_sequence_of_a_prompt_once() -> None:
+def test_each_distinct_response_of_a_prompt_is_computed_once() -> None:
     first = Group([1, 2], [3], [[4, 5], [3], [4, 5]], [-1.0], [[-2.0], [-1.0], [-2.0]], [[1.0]] * 3)
     second = Group([6], [3], [[4, 5]], [-3.0], [[-4.0]], [[1.0]])
-    batch = training.collate([first, second], pad_id=0)
-    assert batch.sequences.input_ids.tolist() == [[1, 2, 3, 0], [1, 2, 4, 5], [6, 3, 0, 0], [6, 4, 5, 0]]
-    assert batch.sequences.response_mask.tolist() == [[0, 0, 1, 0], [0, 0, 1, 1], [0, 1, 0, 0], [0, 1, 1, 0]]
-    assert batch.chosen.tolist() == [0, 0, 0, 2]
-    assert batch.rejected.tolist() == [1, 0, 1, 3]
-    assert batch.players_chosen.tolist() == [[-1.0], [-1.0], [-1.0], [-3.0]]
-    assert batch.players_rejected.tolist() == [[-2.0], [-1.0], [-2.0], [-4.0]]
-    assert batch.groups == 2
+    part = training.triplets([first, second], packing.pack, of=5)
+    assert part.pack.responses == 4
+    assert part.pack.inputs["input_ids"].tolist() == [[1, 2, 6, 4, 4]]
+    assert part.pack.target.tolist() == [3, 4, 5, 3, 4, 5]
+    assert part.chosen.tolist() == [0, 0, 0, 2]
+    assert part.rejected.tolist() == [1, 0, 1, 3]
+    assert part.players_chosen.tolist() == [[-1.0], [-1.0], [-1.0], [-3.0]]
+    assert part.players_rejected.tolist() == [[-2.0], [-1.0], [-2.0], [-4.0]]
+    assert part.groups == 5
 
 
 def test_sft_lowers_the_loss_of_its_rows(

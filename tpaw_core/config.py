@@ -76,6 +76,7 @@ class Optimisation(Section):
     num_train_epochs: Positive
     per_device_train_batch_size: Count  # prompts, each with its target and (in training) all responses of the team
     gradient_accumulation_steps: Count = 1
+    max_tokens: Count = 4096  # most tokens of one forward and backward pass; a longer batch is cut into several
     optim: str = "adamw_torch"
     weight_decay: NotNegative = 0.0
     lr_scheduler_type: str = "linear"

@@ -1,56 +1,68 @@
-"""Sequence log-probabilities: log pi(response | prompt), summed over the response's tokens, in nats.
+"""Scores: log pi(response | prompt) of a frozen model, summed over the response's tokens, in nats.
 
 Needs torch and a model; must not know teams, stages or services.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor
 
+from tpaw_core import attention, packing
+from tpaw_core.errors import TpawError
+from tpaw_core.logps import response_logps
+from tpaw_core.packing import Ids, Pack, Tree
 from tpaw_core.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Pair = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
+Pair = tuple[Ids, Ids]  # prompt ids, response ids
+Packer = Callable[[Sequence[Tree]], Pack]
+T = TypeVar("T")
 
 
-class Batch(NamedTuple):
-    """Right-padded sequences; all [B, L]."""
+@contextmanager
+def packer(model: PreTrainedModel, trees: Iterable[Tree], pad_id: int) -> Iterator[Packer]:
+    """How ``model`` takes such trees: with the prompt shared where its attention can, as plain rows elsewhere.
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    response_mask: Tensor  # 1 on response tokens
-
-    def to(self, device: torch.device) -> Batch:
-        return Batch(*(tensor.to(device) for tensor in self))
-
-
-def pad(pairs: Sequence[Pair], pad_id: int) -> Batch:
-    """Prompt and response of each pair, one after the other, padded on the right."""
-    length = max(len(prompt) + len(response) for prompt, response in pairs)
-    ids = torch.full((len(pairs), length), pad_id, dtype=torch.long)
-    attention, mask = torch.zeros_like(ids), torch.zeros_like(ids)
-    for row, (prompt, response) in enumerate(pairs):
-        end = len(prompt) + len(response)
-        ids[row, :end] = torch.tensor([*prompt, *response])
-        attention[row, :end] = 1
-        mask[row, len(prompt) : end] = 1
-    return Batch(ids, attention, mask)
+    Raises TpawError where log-probabilities made from its hidden states are not those of its logits.
+    """
+    longest = max((len(p) + max(map(len, responses), default=0) for p, responses in trees), default=0)
+    if (reason := attention.why_not_packed(model, longest) or _disagreement(model, pad_id)) is not None:
+        print(f"{type(model).__name__}: prompts are not shared among responses, as {reason}", flush=True)
+        yield lambda trees: packing.pad(trees, pad_id)
+        return
+    with attention.packed(model):
+        yield packing.pack
 
 
-def response_logps(model: torch.nn.Module, batch: Batch) -> Tensor:
-    """log pi(response | prompt) [B] in float32, with gradient where the model's parameters have one."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    rows, columns = batch.response_mask[:, 1:].nonzero(as_tuple=True)
-    # Only response positions are brought to float32: prompts are often longer than responses.
-    picked = logits[rows, columns].float().log_softmax(-1)
-    tokens = picked.gather(-1, batch.input_ids[rows, columns + 1, None]).squeeze(-1)
-    return torch.zeros(len(logits), device=logits.device).index_add(0, rows, tokens)
+@torch.no_grad()
+def _disagreement(model: PreTrainedModel, pad_id: int) -> str | None:
+    """Two small trees by the plain forward, by hidden states and packed; what is said where packed differs."""
+    trees: list[Tree] = [([1, 2, 3], [[4, 5, 6], [7, 8]]), ([9, 3], [[2, 5, 4, 8]])]
+    training = model.training
+    model.eval()
+    try:
+        plain = packing.pad(trees, pad_id).to(model.device)
+        logits = model(**plain.inputs, use_cache=False).logits.flatten(0, 1)[plain.source].float()
+        tokens = logits.log_softmax(-1).gather(-1, plain.target[:, None]).squeeze(-1)
+        expected = tokens.new_zeros(plain.responses).index_add(0, plain.sequence, tokens)
+        near = 1e-3 if logits.dtype == model.dtype else 5e-2
+        by_hidden = response_logps(model, plain)
+        if not torch.allclose(by_hidden, expected, rtol=near, atol=near):
+            raise TpawError(
+                f"{type(model).__name__}: its log-probabilities cannot be made from its hidden states "
+                f"({by_hidden.tolist()} where its logits give {expected.tolist()}); this model is not supported"
+            )
+        with attention.packed(model):
+            found = response_logps(model, packing.pack(trees).to(model.device))
+        return None if torch.allclose(found, expected, rtol=near, atol=near) else "its attention does not allow it"
+    finally:
+        model.train(training)
 
 
 @torch.inference_mode()
@@ -58,17 +70,32 @@ def score(
     model: PreTrainedModel, pairs: Sequence[Pair], *, pad_id: int, batch_tokens: int = 16384, bf16: bool = False
 ) -> list[float]:
     """log pi of each pair's response, in the order given; ``bf16`` computes as training with bf16 does."""
-    order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]) + len(pairs[i][1]), i))
+    members: dict[tuple[int, ...], list[int]] = {}
+    for index, (prompt, _) in enumerate(pairs):
+        members.setdefault(tuple(prompt), []).append(index)
+    found = [((prompt, [pairs[i][1] for i in indices]), indices) for prompt, indices in members.items()]
     scores = [0.0] * len(pairs)
-    batches: list[list[int]] = []
-    for index in order:
-        length = len(pairs[index][0]) + len(pairs[index][1])
-        if not batches or (len(batches[-1]) + 1) * length > batch_tokens:
-            batches.append([])
-        batches[-1].append(index)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        for batch in progress(batches, "scoring", size=len):
-            padded = pad([pairs[i] for i in batch], pad_id).to(model.device)
-            for index, value in zip(batch, response_logps(model, padded).tolist(), strict=True):
+    with (
+        packer(model, (tree for tree, _ in found), pad_id) as pack,
+        torch.autocast(model.device.type, torch.bfloat16, enabled=bf16),
+    ):
+        batches = by_tokens(sorted(found, key=lambda f: packing.tokens(f[0])), lambda f: f[0], batch_tokens)
+        for batch in progress(batches, "scoring", size=lambda batch: sum(len(indices) for _, indices in batch)):
+            values = response_logps(model, pack([tree for tree, _ in batch]).to(model.device)).tolist()
+            for index, value in zip((i for _, indices in batch for i in indices), values, strict=True):
                 scores[index] = value
     return scores
+
+
+def by_tokens(items: Iterable[T], tree: Callable[[T], Tree], most: int) -> list[list[T]]:
+    """Items in the order given, in parts of at most ``most`` tokens; one that is longer is a part by itself."""
+    parts: list[list[T]] = []
+    room = 0
+    for item in items:
+        size = packing.tokens(tree(item))
+        if not parts or size > room:
+            parts.append([])
+            room = most
+        parts[-1].append(item)
+        room -= size
+    return parts

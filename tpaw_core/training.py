@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from tpaw_core.errors import TpawError
+from tpaw_core.logps import response_logps
 from tpaw_core.objective import Losses, tpaw_loss
+from tpaw_core.packing import Pack, Tree
 from tpaw_core.progress import Progress
-from tpaw_core.scoring import Batch, Pair, pad, response_logps
+from tpaw_core.scoring import Packer, Pair, by_tokens, packer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,58 +43,77 @@ class Group(NamedTuple):
     beta: list[list[float]]  # [n, K]
 
 
-class GroupBatch(NamedTuple):
-    """S distinct sequences and the T triplets among them."""
+class Triplets(NamedTuple):
+    """One forward and backward pass: T triplets among the S responses of a pack."""
 
-    sequences: Batch  # [S, L]
-    chosen: Tensor  # [T] row of the triplet's target
-    rejected: Tensor  # [T] row of the triplet's response
+    pack: Pack
+    chosen: Tensor  # [T] which response is the triplet's target
+    rejected: Tensor  # [T] which is its answer
     players_chosen: Tensor  # [T, K]
     players_rejected: Tensor  # [T, K]
     beta: Tensor  # [T, K]
-    groups: int
+    groups: int  # in the whole batch that this is a part of
 
 
-def collate(groups: Sequence[Group], pad_id: int) -> GroupBatch:
-    """Every distinct sequence of a prompt once: its target and equal responses are not computed again."""
-    pairs: list[Pair] = []
-    chosen, rejected = [], []
-    for group in groups:
-        rows: dict[tuple[int, ...], int] = {}
-        for ids in (group.chosen_ids, *group.rejected_ids):
-            if tuple(ids) not in rows:
-                rows[tuple(ids)] = len(pairs)
-                pairs.append((group.prompt_ids, ids))
+class Targets(NamedTuple):
+    """One forward and backward pass of SFT."""
+
+    pack: Pack
+    tokens: int  # in the targets of the whole batch that this is a part of
+
+
+def tree(group: Group) -> Tree:
+    """The prompt with each distinct response once: equal ones are not computed again."""
+    return group.prompt_ids, list({tuple(ids): ids for ids in (group.chosen_ids, *group.rejected_ids)}.values())
+
+
+def triplets(groups: Sequence[Group], pack: Packer, of: int) -> Triplets:
+    """A part of a batch of ``of`` groups."""
+    trees = [tree(group) for group in groups]
+    chosen, rejected, before = [], [], 0
+    for group, (_, responses) in zip(groups, trees, strict=True):
+        rows = {tuple(ids): before + row for row, ids in enumerate(responses)}
         chosen += [rows[tuple(group.chosen_ids)]] * len(group.rejected_ids)
         rejected += [rows[tuple(ids)] for ids in group.rejected_ids]
-    return GroupBatch(
-        pad(pairs, pad_id),
+        before += len(responses)
+    return Triplets(
+        pack(trees),
         torch.tensor(chosen),
         torch.tensor(rejected),
         torch.tensor([group.players_chosen for group in groups for _ in group.rejected_ids]),
         torch.tensor([row for group in groups for row in group.players_rejected]),
         torch.tensor([row for group in groups for row in group.beta]),
-        len(groups),
+        of,
     )
 
 
 class _Trainer(Trainer):
-    """Trainer with our means in its log: sums stay on the device until a log line is due."""
+    """Trainer whose batch is a list of parts, each small enough for one pass; their losses add up to the batch's.
 
-    def __init__(self, *, pad_id: int, **options: Any) -> None:
+    Means for the log stay on the device until a log line is due.
+    """
+
+    def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.pad_id = pad_id
-        self.model_accepts_loss_kwargs = False  # each micro-batch is a mean: Trainer divides by their number
-        self._sums: dict[str, list[Tensor]] = {}
+        self.model_accepts_loss_kwargs = False  # each batch is a mean: Trainer divides by how many are accumulated
+        self._means: dict[str, list[tuple[Tensor, int]]] = {}
 
-    def count(self, **means: Tensor) -> None:
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs  # accelerate has brought them to the device
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        return torch.stack([super(_Trainer, self).training_step(model, part) for part in inputs]).sum()
+
+    def count(self, rows: int, means: dict[str, Tensor]) -> None:
         for name, value in means.items():
-            self._sums.setdefault(name, []).append(value.detach())
+            self._means.setdefault(name, []).append((value.detach(), rows))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        for name, values in self._sums.items():
-            logs[name] = torch.stack(values).double().mean().item()
-        self._sums.clear()
+        for name, parts in self._means.items():
+            values, rows = zip(*parts, strict=True)
+            share = torch.tensor(rows, dtype=torch.float64) / sum(rows)
+            logs[name] = (torch.stack(values).double().cpu() * share).sum().item()
+        self._means.clear()
         super().log(logs, *args, **kwargs)
 
 
@@ -98,11 +121,10 @@ class SftTrainer(_Trainer):
     """Mean negative log-probability of the target's tokens."""
 
     def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
-        batch = Batch(**inputs)
-        logps = response_logps(model, batch)
-        tokens = batch.response_mask[:, 1:].sum()
-        self.count(**{"logps/chosen": logps.mean()})
-        return -logps.sum() / tokens
+        inputs = cast(Targets, inputs)
+        logps = model(inputs.pack)
+        self.count(len(logps), {"logps/chosen": logps.mean()})
+        return -logps.sum() / inputs.tokens
 
 
 class SelfPlayTrainer(_Trainer):
@@ -114,25 +136,24 @@ class SelfPlayTrainer(_Trainer):
         self.triplets_per_group = triplets_per_group
 
     def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
-        sequences = Batch(*(inputs.pop(name) for name in Batch._fields))
-        batch = GroupBatch(sequences, **inputs)
-        logps = response_logps(model, sequences)
-        chosen, rejected = logps[batch.chosen], logps[batch.rejected]
-        # Scoring pads differently: without this, P_{t-1} = 0 at the first step would fall on either side by rounding.
-        same = (chosen.detach()[:, None] - batch.players_chosen).abs() <= 1e-5 * batch.players_chosen.abs()
-        players_chosen = torch.where(same, chosen.detach()[:, None], batch.players_chosen)
+        inputs = cast(Triplets, inputs)
+        logps = model(inputs.pack)
+        chosen, rejected = logps[inputs.chosen], logps[inputs.rejected]
+        # Scoring packs differently: without this, P_{t-1} = 0 at the first step would fall on either side by rounding.
+        same = (chosen.detach()[:, None] - inputs.players_chosen).abs() <= 1e-5 * inputs.players_chosen.abs()
+        players_chosen = torch.where(same, chosen.detach()[:, None], inputs.players_chosen)
         losses = tpaw_loss(
             chosen,
             rejected,
             players_chosen,
-            batch.players_rejected,
-            batch.beta,
+            inputs.players_rejected,
+            inputs.beta,
             scale=self.objective.lambda_,
             eta=self.objective.eta,
         )
-        self.count(**reward_means(losses, batch.beta, chosen, rejected))
+        self.count(len(chosen), reward_means(losses, inputs.beta, chosen, rejected))
         # A constant divisor keeps one batch of eight equal to eight of one, however triplets fall into them.
-        return losses.loss.sum() / (batch.groups * self.triplets_per_group)
+        return losses.loss.sum() / (inputs.groups * self.triplets_per_group)
 
 
 def reward_means(losses: Losses, beta: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
@@ -165,17 +186,23 @@ def sft(
     on_log: OnLog,
 ) -> list[dict[str, float]]:
     """Fine-tune ``model`` in place on (prompt ids, target ids); gives the training log, one entry a logging step."""
-    return _run(
-        SftTrainer(
-            pad_id=pad_id,
-            model=model,
-            args=_arguments(settings, seed, state, len(rows)),
-            train_dataset=list(rows),
-            data_collator=lambda pairs: pad(pairs, pad_id)._asdict(),
-            callbacks=[_Report("sft", on_log)],
-        ),
-        state,
-    )
+
+    def collate(pairs: list[Pair], pack: Packer) -> list[Targets]:
+        tokens = sum(len(ids) for _, ids in pairs)
+        parts = by_tokens(pairs, lambda pair: (pair[0], [pair[1]]), settings.max_tokens)
+        return [Targets(pack([(prompt, [ids]) for prompt, ids in part]), tokens) for part in parts]
+
+    with _policy(model, ((prompt, [ids]) for prompt, ids in rows), pad_id) as pack:
+        return _run(
+            SftTrainer(
+                model=model,
+                args=_arguments(settings, seed, state, len(rows)),
+                train_dataset=list(rows),
+                data_collator=lambda pairs: collate(pairs, pack),
+                callbacks=[_Report("sft", on_log)],
+            ),
+            state,
+        )
 
 
 def self_play(
@@ -196,23 +223,34 @@ def self_play(
     Raises TpawError where the loss, a gradient or a log-probability is not finite.
     """
 
-    def flat(items: list[Group]) -> dict[str, Any]:
-        batch = collate(items, pad_id)._asdict()
-        return {**batch.pop("sequences")._asdict(), **batch}
+    def collate(batch: list[Group], pack: Packer) -> list[Triplets]:
+        parts = by_tokens(batch, tree, settings.max_tokens)
+        return [triplets(part, pack, of=len(batch)) for part in parts]
 
-    return _run(
-        SelfPlayTrainer(
-            objective=objective,
-            triplets_per_group=sum(len(group.rejected_ids) for group in groups) / len(groups),
-            pad_id=pad_id,
-            model=model,
-            args=_arguments(settings, seed, state, len(groups)),
-            train_dataset=list(groups),
-            data_collator=flat,
-            callbacks=[_Report("training", on_log)],
-        ),
-        state,
-    )
+    with _policy(model, map(tree, groups), pad_id) as pack:
+        return _run(
+            SelfPlayTrainer(
+                objective=objective,
+                triplets_per_group=sum(len(group.rejected_ids) for group in groups) / len(groups),
+                model=model,
+                args=_arguments(settings, seed, state, len(groups)),
+                train_dataset=list(groups),
+                data_collator=lambda batch: collate(batch, pack),
+                callbacks=[_Report("training", on_log)],
+            ),
+            state,
+        )
+
+
+@contextmanager
+def _policy(model: PreTrainedModel, trees: Iterable[Tree], pad_id: int) -> Iterator[Packer]:
+    """While this holds, calling ``model`` with a pack gives log-probabilities, whatever Trainer wraps around it."""
+    with packer(model, trees, pad_id) as pack:
+        model.forward = partial(response_logps, model)
+        try:
+            yield pack
+        finally:
+            del model.forward
 
 
 def _arguments(settings: Optimisation, seed: int, state: Path, rows: int) -> TrainingArguments:
@@ -230,6 +268,7 @@ def _arguments(settings: Optimisation, seed: int, state: Path, rows: int) -> Tra
         warmup_steps=math.ceil(settings.warmup_ratio * steps),
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.bf16,
+        use_cpu=not torch.cuda.is_available(),
         activation_checkpointing=settings.activation_checkpointing,
         seed=seed,
         data_seed=seed,

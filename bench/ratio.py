@@ -1,0 +1,80 @@
+"""Two sides, measured in turn, each in a process of its own; their ratio, printed and written to bench/results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "trl", "accelerate")
+
+Side = Callable[[argparse.Namespace], dict[str, float]]
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
+    return f"{', '.join(sorted(names)) or platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def peak_memory() -> float:
+    """The most this process has held in main memory, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def run(module: str, sides: Mapping[str, Side], parser: argparse.ArgumentParser) -> argparse.Namespace | None:
+    """In a measuring process: measure the side that was asked for and give None. Otherwise: the arguments."""
+    parser.add_argument("--side", choices=list(sides), help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    if arguments.side is None:
+        arguments.module = module
+        return arguments
+    print(json.dumps(sides[arguments.side](arguments)))
+    return None
+
+
+def measure(arguments: argparse.Namespace, side: str, **changes: Any) -> dict[str, float]:
+    """One side in a new process."""
+    options = {k: v for k, v in {**vars(arguments), **changes, "side": side}.items() if k != "module"}
+    command = [sys.executable, "-m", arguments.module]
+    command += [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}:\n{done.stderr[-3000:]}")
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def report(name: str, unit: str, ours: list[float], peer: list[float], *, peer_name: str, **more: Any) -> None:
+    """Ratios of ours to the peer, pair by pair: printed, and written to bench/results/<name>.json."""
+    ratios = [a / b for a, b in zip(ours, peer, strict=True)]
+    spread = {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)}
+    figures = {
+        "name": name,
+        "peer_name": peer_name,
+        "unit": unit,
+        "ours": statistics.median(ours),
+        "peer": statistics.median(peer),
+        "ratio": spread,
+        **more,
+        "versions": {package: version(package) for package in PACKAGES},
+        "processor": processor(),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print(
+        f"{name}: ours {figures['ours']:.3g}, {peer_name} {figures['peer']:.3g} {unit}, "
+        f"ratio {spread['median']:.2f} (min {spread['min']:.2f}, max {spread['max']:.2f})",
+        flush=True,
+    )

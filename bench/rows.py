@@ -1,0 +1,61 @@
+"""The rows and the models that both sides of a benchmark get: random ids, seeded; shapes by name."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Lengths are means; each one lies within a quarter of it."""
+
+    prompt: int
+    response: int
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    prompts: int  # in an optimiser step
+    steps: int  # that are measured
+    peer_batch: int  # pairs that the peer takes at a time: the fastest of 4, 8, 16, 32 where it was measured
+
+
+SHAPES = {
+    "long": Shape(100, 100, 32000, 256, 768, 4, 16, 2, 8),  # a 12M-parameter model
+    "short": Shape(25, 20, 512, 128, 384, 3, 32, 20, 32),  # the demo's
+    "wide": Shape(100, 100, 8192, 512, 1536, 4, 16, 2, 8),
+    "answers": Shape(60, 250, 32000, 256, 768, 4, 8, 2, 4),
+    "prompts": Shape(300, 40, 32000, 256, 768, 4, 8, 2, 4),
+}
+
+
+def model(shape: Shape, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.hidden_size // 32,
+        max_position_embeddings=2 * (shape.prompt + shape.response),
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def groups(shape: Shape, team: int, seed: int = 0) -> list[tuple[list[int], list[list[int]]]]:
+    """``shape.prompts`` prompts, each with a target and ``team`` responses."""
+    draw = random.Random(seed)
+
+    def ids(mean: int) -> list[int]:
+        return [draw.randrange(3, shape.vocab_size) for _ in range(draw.randint(mean * 3 // 4, mean * 5 // 4))]
+
+    return [(ids(shape.prompt), [ids(shape.response) for _ in range(1 + team)]) for _ in range(shape.prompts)]

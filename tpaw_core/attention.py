@@ -1,0 +1,138 @@
+"""Attention over packed batches: prompts look at themselves, a response at its prompt and at itself.
+
+Keys and values of a prompt are computed once, however many responses it has, and no token looks at a stranger's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from tpaw_core.packing import Layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "tpaw_packed"
+
+
+class _Place(torch.autograd.Function):
+    """Rows of ``x`` to ``slots`` of a larger tensor of zeros; index_add in its place is several times slower."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slots: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(slots)
+        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, slots, x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (slots,) = ctx.saved_tensors
+        return gradient.index_select(0, slots), None, None
+
+
+class _Take(torch.autograd.Function):
+    """Rows ``slots`` of ``x``, which are all different."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(slots)
+        ctx.size = len(x)
+        return x.index_select(0, slots)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (slots,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy_(0, slots, gradient), None
+
+
+class _Spread(torch.autograd.Function):
+    """Each row of ``x`` to those that ``owner`` gives it; the sums of the way back are a small matrix product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, owner: Tensor) -> Tensor:
+        ctx.save_for_backward(owner)
+        ctx.size = len(x)
+        return x.index_select(0, owner)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (owner,) = ctx.saved_tensors
+        own = (torch.arange(ctx.size, device=owner.device)[:, None] == owner).to(gradient.dtype)
+        return (own @ gradient.flatten(1)).view(ctx.size, *gradient.shape[1:]), None
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    layout: Layout,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: [1, heads, tokens, head_dim] in, [1, tokens, heads, head_dim] out."""
+    prompts, widest, responses, longest = layout.shape
+    split = len(layout.prompt_slots)
+    in_prompt, in_response = [], []
+    options: Any = {"scale": scaling, "dropout_p": dropout}
+    # A processor's attention is several times slower backwards in bf16, so there it is float32 whatever the rest is.
+    with torch.autocast(query.device.type, enabled=False):
+        for x in (query, key, value):
+            x = (x if x.is_cuda else x.float())[0].transpose(0, 1)
+            if (groups := query.shape[1] // x.shape[1]) > 1:
+                x = x.repeat_interleave(groups, dim=1)
+            in_prompt.append(_padded(x[:split], layout.prompt_slots, prompts, widest))
+            in_response.append(_padded(x[split:], layout.response_slots, responses, longest))
+        q, k, v = in_prompt
+        heard = scaled_dot_product_attention(q, k, v, is_causal=True, **options)  # what pads heard is not taken
+        parts = [_Take.apply(heard.transpose(1, 2).flatten(0, 1), layout.prompt_slots)]
+        if longest:
+            q, *own = in_response
+            k, v = (torch.cat([_Spread.apply(p, layout.owner), o], 2) for p, o in zip((k, v), own, strict=True))
+            heard = scaled_dot_product_attention(q, k, v, attn_mask=layout.mask.to(q.dtype), **options)
+            parts.append(_Take.apply(heard.transpose(1, 2).flatten(0, 1), layout.response_slots))
+        return torch.cat(parts)[None].to(query.dtype), None
+
+
+def _padded(x: Tensor, slots: Tensor, rows: int, width: int) -> Tensor:
+    """[tokens, heads, head_dim] to [rows, heads, width, head_dim], zeros where no token lies."""
+    placed: Tensor = _Place.apply(x, slots, rows * width)
+    return placed.view(rows, width, *x.shape[1:]).transpose(1, 2)
+
+
+AttentionInterface.register(NAME, attend)
+
+
+@contextmanager
+def packed(model: PreTrainedModel) -> Iterator[None]:
+    """While this holds, ``model`` takes packed batches, and no others."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def why_not_packed(model: PreTrainedModel, longest: int) -> str | None:
+    """Why this model cannot share prompts among responses of up to ``longest`` tokens; None where it can."""
+    config = model.config.get_text_config()
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention cannot be replaced"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    slides = kinds != {"full_attention"} or (getattr(config, "layer_types", None) is None and window is not None)
+    if slides and (kinds - {"full_attention", "sliding_attention"} or window is None or window < longest):
+        return f"its layers are {', '.join(sorted(kinds))} with a window of {window}"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "it caps attention's logits"
+    return None

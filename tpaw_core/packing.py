@@ -1,0 +1,128 @@
+"""Packed batches: every prompt once, followed by its responses; the linear layers see no padding at all.
+
+A tree is one prompt with its responses. All prompts of a batch come first, then all responses, as one sequence. Each
+response's positions go on from its prompt's end, and attention (`tpaw_core.attention`) keeps the responses apart. The
+last token of a response predicts nothing, so it is not computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ids = Sequence[int]
+Tree = tuple[Ids, Sequence[Ids]]  # prompt ids, the ids of its responses
+
+
+class Layout(NamedTuple):
+    """Where the tokens of B prompts (at most P long) and S responses (at most R computed tokens) lie."""
+
+    shape: tuple[int, int, int, int]  # B, P, S, R
+    prompt_slots: Tensor  # [prompt tokens] -> B * P
+    response_slots: Tensor  # [response tokens] -> S * R
+    owner: Tensor  # [S] -> B
+    mask: Tensor  # [S, 1, R, P + R] 0 where a response may look, -inf elsewhere
+
+
+class Pack(NamedTuple):
+    """What a model computes, and where its hidden states predict response tokens."""
+
+    inputs: dict[str, Any]  # arguments of the base model; input_ids [1, tokens] or, not shared, [S, length]
+    source: Tensor  # [N] flat position whose hidden state predicts the token
+    target: Tensor  # [N] the token
+    sequence: Tensor  # [N] -> S, the response it belongs to
+    responses: int  # S
+
+    def to(self, device: torch.device) -> Pack:
+        return Pack(*(_moved(part, device) for part in self))
+
+
+def _moved(part: Any, device: torch.device) -> Any:
+    if isinstance(part, Tensor):
+        return part.to(device, non_blocking=True)
+    if isinstance(part, dict):
+        return {name: _moved(value, device) for name, value in part.items()}
+    return Layout(*(_moved(item, device) for item in part)) if isinstance(part, Layout) else part
+
+
+def tokens(tree: Tree) -> int:
+    """How many tokens a tree costs when its prompt is shared."""
+    prompt, responses = tree
+    return len(prompt) + sum(map(len, responses))
+
+
+def pack(trees: Sequence[Tree]) -> Pack:
+    """Trees as one sequence without padding, each prompt once; responses in the order given."""
+    prompts = _lengths([prompt for prompt, _ in trees])
+    whole = _lengths([ids for _, responses in trees for ids in responses])
+    responses = np.maximum(whole - 1, 0)
+    owner = np.repeat(np.arange(len(trees)), [len(responses) for _, responses in trees])
+    in_prompt, in_response = _within(prompts), _within(responses)
+    widest, longest = int(prompts.max()), int(responses.max(initial=0))
+    position = np.concatenate([in_prompt, np.repeat(prompts[owner], responses) + in_response])
+    ids = [i for prompt, _ in trees for i in prompt]
+    ids += [i for _, responses in trees for response in responses for i in response[:-1]]
+
+    # The token before the first one of a response is its prompt's last, before another one its neighbour.
+    sequence = np.repeat(np.arange(len(whole)), whole)
+    first = _within(whole) == 0
+    source = prompts.sum() + np.cumsum(~first) - 1
+    source[first] = (np.cumsum(prompts) - 1)[owner[sequence[first]]]
+
+    columns = np.arange(widest + longest)
+    seen = np.where(
+        columns < widest,
+        columns < prompts[owner][:, None, None],
+        columns - widest <= np.arange(longest)[:, None],
+    )
+    layout = Layout(
+        (len(trees), widest, len(whole), longest),
+        torch.from_numpy(np.repeat(np.arange(len(trees)) * widest, prompts) + in_prompt),
+        torch.from_numpy(np.repeat(np.arange(len(whole)) * longest, responses) + in_response),
+        torch.from_numpy(owner),
+        torch.from_numpy(np.where(seen, np.float32(0), np.float32(-np.inf))[:, None]),
+    )
+    return Pack(
+        {"input_ids": torch.tensor([ids]), "position_ids": torch.from_numpy(position)[None], "layout": layout},
+        torch.from_numpy(source),
+        torch.tensor([i for _, responses in trees for response in responses for i in response]),
+        torch.from_numpy(sequence),
+        len(whole),
+    )
+
+
+def pad(trees: Sequence[Tree], pad_id: int) -> Pack:
+    """The same trees as plain rows padded on the right, the prompt before each of its responses."""
+    pairs = [(prompt, response) for prompt, responses in trees for response in responses]
+    length = max(len(prompt) + len(response) for prompt, response in pairs)
+    ids = np.full((len(pairs), length), pad_id)
+    attention = np.zeros_like(ids)
+    for row, (prompt, response) in enumerate(pairs):
+        end = len(prompt) + len(response)
+        ids[row, :end] = [*prompt, *response]
+        attention[row, :end] = 1
+    whole = _lengths([response for _, response in pairs])
+    sequence = np.repeat(np.arange(len(pairs)), whole)
+    starts = np.arange(len(pairs)) * length + _lengths([prompt for prompt, _ in pairs])
+    source = starts[sequence] + _within(whole) - 1
+    return Pack(
+        {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(attention)},
+        torch.from_numpy(source),
+        torch.from_numpy(ids.reshape(-1)[source + 1]),
+        torch.from_numpy(sequence),
+        len(pairs),
+    )
+
+
+def _lengths(items: Sequence[Ids]) -> NDArray[np.int64]:
+    return np.fromiter(map(len, items), np.int64, len(items))
+
+
+def _within(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """0..n-1 for each length n, one after the other."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
