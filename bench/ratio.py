@@ -11,9 +11,12 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from bench.rows import SHAPES
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "trl", "accelerate")
@@ -78,3 +81,22 @@ def report(name: str, unit: str, ours: list[float], peer: list[float], *, peer_n
         f"ratio {spread['median']:.2f} (min {spread['min']:.2f}, max {spread['max']:.2f})",
         flush=True,
     )
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", choices=list(SHAPES), default="long")
+    parser.add_argument("--dtype", choices=["float32", "bf16"], default="float32")
+    parser.add_argument("--team", type=int, default=3)
+
+
+def against_trl(arguments: argparse.Namespace, what: str) -> None:
+    """Both sides in turn; two results, one of triplets a second and one of peak memory."""
+    found: dict[str, list[dict[str, float]]] = {"ours": [], "trl": []}
+    for _ in range(arguments.repeats):
+        for side, figures in found.items():
+            figures.append(measure(arguments, side))
+    shape = {"shape": asdict(SHAPES[arguments.shape]), "team": arguments.team}
+    for measured, suffix, unit in (("triplets_per_second", "", "triplets/s"), ("memory", "-memory", "GB")):
+        ours, peer = ([figures[measured] for figures in side] for side in found.values())
+        name = f"{what}-{arguments.shape}-{arguments.dtype}{suffix}"
+        report(name, unit, ours, peer, peer_name="TRL DPOTrainer", **shape)
