@@ -7,7 +7,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.update(HF_HUB_OFFLINE="1", MLFLOW_DISABLE_TELEMETRY="true", TOKENIZERS_PARALLELISM="false")
 
@@ -63,9 +63,15 @@ def model(make_model: Callable[[int], Any]) -> Any:
     return make_model(0)
 
 
+class Encoded(NamedTuple):
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+
+
 @pytest.fixture(scope="session")
-def encoded(rows: list[data.Row], tokenizer: Any) -> list[template.Encoded]:
-    return template.encode(rows, tokenizer, max_length=MAX_LENGTH, max_skipped=0.0, name="rows")
+def encoded(rows: list[data.Row], tokenizer: Any) -> list[Encoded]:
+    made = template.encode(rows, tokenizer, max_length=MAX_LENGTH, max_skipped=0.0, name="rows")
+    return [Encoded(list(p), list(c)) for p, c in zip(made.prompts, made.chosen, strict=True)]
 
 
 @pytest.fixture

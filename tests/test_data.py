@@ -83,7 +83,7 @@ def test_columns_of_a_csv_have_the_names_the_recipe_gives(workspace_folder: Path
         settings(path="train.csv", heldout_path="heldout.csv", prompt_column="frage", completion_column="antwort"),
         seed=1,
     )
-    first = data.read(Path("data/train.jsonl"))[0]
+    first = next(data.read(Path("data/train.jsonl")))
     assert first.prompt == [{"role": "user", "content": "What is 0 + 0?"}]
     assert first.completion == "0, €"
 
@@ -110,7 +110,7 @@ def test_a_rows_id_is_its_content(prepare: Prepare) -> None:
 def test_the_demo_has_4000_and_1000_rows_and_no_prompt_in_both(workspace_folder: Path) -> None:
     demo = config.load(ROOT / "recipes" / "demo.yaml").data
     assert data.prepare(demo, seed=42) == {"train": 4000, "heldout": 1000}
-    train, heldout = (data.read(Path("data") / name) for name in ("train.jsonl", "heldout.jsonl"))
+    train, heldout = (list(data.read(Path("data") / name)) for name in ("train.jsonl", "heldout.jsonl"))
     assert (len(train), len(heldout)) == (4000, 1000)
     prompts = [row.prompt[0]["content"] for row in (*train, *heldout)]
     assert len(set(prompts)) == 5000
@@ -247,7 +247,7 @@ def test_rows_that_were_never_made_are_asked_for(content: str | None, message: s
     if content is not None:
         (tmp_path / "train.jsonl").write_text(content)
     with pytest.raises(TpawError, match=rf"train\.jsonl: {message}"):
-        data.read(tmp_path / "train.jsonl")
+        list(data.read(tmp_path / "train.jsonl"))
 
 
 # MAWPS ----------------------------------------------------------------------------------------------------------------

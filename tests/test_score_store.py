@@ -1,40 +1,60 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tpaw_core import scoring, team
+from tpaw_core import score_store, scoring, team
 from tpaw_core.errors import TpawError
+from tpaw_core.ragged import Ragged
 from tpaw_core.score_store import ScoreStore
 from tpaw_core.scoring import Pair
-from tpaw_core.template import Encoded
 
 DIGEST = "a" * 64
 
 
+Batches = Iterator[tuple[list[int], list[float]]]
+
+
 class Scorer:
-    """Scores with a formula and remembers what it was asked."""
+    """Scores with a formula, one pair at a time and the last one first; remembers what it was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_most: int = 1000) -> None:
         self.asked: list[list[Pair]] = []
+        self.at_most = at_most
 
-    def __call__(self, pairs: list[Pair]) -> list[float]:
+    def __call__(self, pairs: list[Pair]) -> Batches:
         self.asked.append(pairs)
-        return [-sum(prompt) - 0.1 * sum(response) for prompt, response in pairs]
+        for number, position in enumerate(reversed(range(len(pairs)))):
+            if number == self.at_most:
+                raise RuntimeError("no memory")
+            prompt, response = pairs[position]
+            yield [position], [-sum(prompt) - 0.1 * sum(response)]
+
+
+def always(value: float) -> Callable[[list[Pair]], Batches]:
+    return lambda pairs: iter([(list(range(len(pairs))), [value] * len(pairs))])
+
+
+def scores(folder: Path, pairs: list[Pair], score: Any, **settings: str) -> tuple[list[float], int]:
+    """From the store as it lies on the disk."""
+    given = {"digest": DIGEST, "settings": "float32", **settings}
+    values, new = ScoreStore(folder, given["digest"], given["settings"]).scores(pairs, score)
+    return values.tolist(), new
 
 
 def test_each_pair_is_computed_once_also_after_reopening(tmp_path: Path) -> None:
     scorer = Scorer()
-    first = ScoreStore(tmp_path, DIGEST, "float32")
-    assert first.scores([([1], [2]), ([3], [4]), ([1], [2])], scorer) == ([-1.2, -3.4, -1.2], 2)
-    assert first.scores([([3], [4])], scorer) == ([-3.4], 0)
-    again = ScoreStore(tmp_path, DIGEST, "float32")
-    assert again.scores([([5], [6]), ([1], [2])], scorer) == ([-5.6, -1.2], 1)
-    assert ScoreStore(tmp_path, DIGEST, "float32").scores([([5], [6]), ([3], [4])], scorer) == ([-5.6, -3.4], 0)
+    assert scores(tmp_path, [([1], [2]), ([3], [4]), ([1], [2])], scorer) == ([-1.2, -3.4, -1.2], 2)
+    assert scores(tmp_path, [([3], [4])], scorer) == ([-3.4], 0)
+    assert scores(tmp_path, [([5], [6]), ([1], [2])], scorer) == ([-5.6, -1.2], 1)
+    assert scores(tmp_path, [([5], [6]), ([3], [4])], scorer) == ([-5.6, -3.4], 0)
     assert scorer.asked == [[([1], [2]), ([3], [4])], [([5], [6])]]
 
 
@@ -42,61 +62,96 @@ def test_each_pair_is_computed_once_also_after_reopening(tmp_path: Path) -> None
     ("one", "other"), [(([1, 2], [3]), ([1], [2, 3])), (([1], []), ([], [1])), (([1], [2]), ([2], [1]))]
 )
 def test_rows_with_the_same_ids_in_other_places_are_not_confused(one: Pair, other: Pair, tmp_path: Path) -> None:
-    values = iter([-1.0, -2.0])
-    found, new = ScoreStore(tmp_path, DIGEST, "float32").scores(
-        [one, other], lambda pairs: [next(values) for _ in pairs]
-    )
-    assert (found, new) == ([-1.0, -2.0], 2)
+    assert scores(tmp_path, [one, other], lambda pairs: iter([([0, 1], [-1.0, -2.0])])) == ([-1.0, -2.0], 2)
+
+
+def test_ids_are_what_counts_not_what_holds_them(tmp_path: Path) -> None:
+    scores(tmp_path, [([1, 2], [70000])], always(-1.0))
+    rows = Ragged([[1, 2], [70000]])
+    assert scores(tmp_path, [(rows[0], rows[1])], always(-2.0)) == ([-1.0], 0)
+
+
+def test_a_key_that_ends_in_zero_bytes_is_found_again(tmp_path: Path) -> None:
+    pairs: list[Pair] = next([([n], [1])] for n in range(100_000) if score_store.key(([n], [1])).endswith(b"\0"))
+    scores(tmp_path, [*pairs, ([1], [2])], Scorer())
+    assert scores(tmp_path, pairs, always(0.0)) == ([-pairs[0][0][0] - 0.1], 0)
 
 
 @pytest.mark.parametrize(("digest", "settings"), [("b" * 64, "float32"), (DIGEST, "bfloat16")])
 def test_another_checkpoint_or_setting_has_its_own_scores(digest: str, settings: str, tmp_path: Path) -> None:
-    ScoreStore(tmp_path, DIGEST, "float32").scores([([1], [2])], lambda pairs: [-1.0])
-    assert ScoreStore(tmp_path, digest, settings).scores([([1], [2])], lambda pairs: [-2.0]) == ([-2.0], 1)
-    assert ScoreStore(tmp_path, DIGEST, "float32").scores([([1], [2])], lambda pairs: [-3.0]) == ([-1.0], 0)
+    scores(tmp_path, [([1], [2])], always(-1.0))
+    assert scores(tmp_path, [([1], [2])], always(-2.0), digest=digest, settings=settings) == ([-2.0], 1)
+    assert scores(tmp_path, [([1], [2])], always(-3.0)) == ([-1.0], 0)
 
 
 def test_scores_come_back_exactly_as_they_were_computed(tmp_path: Path) -> None:
     value = -1 / 3 - 1e-12
-    ScoreStore(tmp_path, DIGEST, "float32").scores([([1], [2])], lambda pairs: [value])
-    assert ScoreStore(tmp_path, DIGEST, "float32").scores([([1], [2])], lambda pairs: [0.0])[0] == [value]
+    scores(tmp_path, [([1], [2])], always(value))
+    assert scores(tmp_path, [([1], [2])], always(0.0))[0] == [value]
 
 
-@pytest.mark.parametrize("damage", [b"", b"PAR1 and then nothing", None], ids=["empty", "garbage", "cut short"])
-def test_a_damaged_file_is_named(damage: bytes | None, tmp_path: Path) -> None:
-    store = ScoreStore(tmp_path, DIGEST, "float32")
-    store.scores([([1], [2])], Scorer())
-    (file,) = store.folder.glob("*.parquet")
-    file.write_bytes(file.read_bytes()[:-20] if damage is None else damage)
-    with pytest.raises(TpawError, match=f"{file}: is damaged .*delete it"):
-        ScoreStore(tmp_path, DIGEST, "float32")
+def test_a_file_cut_at_any_byte_is_named(tmp_path: Path) -> None:
+    scores(tmp_path, [([1], [2]), ([3], [4])], Scorer())
+    (file,) = tmp_path.rglob("*.npy")
+    whole = file.read_bytes()
+    flipped = [whole[:n] + bytes([whole[n] ^ 1]) + whole[n + 1 :] for n in range(len(whole))]
+    for damage in [*(whole[:n] for n in range(len(whole))), *flipped, whole + b"\0"]:
+        file.write_bytes(damage)
+        with pytest.raises(TpawError, match=f"{file}: is damaged .*delete it"):
+            ScoreStore(tmp_path, DIGEST, "float32")
     file.unlink()
-    assert ScoreStore(tmp_path, DIGEST, "float32").scores([([1], [2])], Scorer()) == ([-1.2], 1)
+    assert scores(tmp_path, [([1], [2])], Scorer()) == ([-1.2], 1)
 
 
 def test_a_file_taken_away_costs_its_own_rows_and_no_others(tmp_path: Path) -> None:
-    """As the message above asks for: the next write must not take the place of a file that is still there."""
     for number in range(3):
-        ScoreStore(tmp_path, DIGEST, "float32").scores([([number], [1])], Scorer())
-    store = ScoreStore(tmp_path, DIGEST, "float32")
-    min(store.folder.glob("*.parquet")).unlink()
-    ScoreStore(tmp_path, DIGEST, "float32").scores([([7], [1])], Scorer())
-    found, new = ScoreStore(tmp_path, DIGEST, "float32").scores([([n], [1]) for n in (1, 2, 7)], Scorer())
-    assert (found, new) == ([-1.1, -2.1, -7.1], 0)
+        before = set(tmp_path.rglob("*.npy"))
+        scores(tmp_path, [([number], [1])], Scorer())
+        if number == 0:
+            (first,) = set(tmp_path.rglob("*.npy")) - before
+    first.unlink()
+    assert scores(tmp_path, [([n], [1]) for n in range(3)], Scorer()) == ([-0.1, -1.1, -2.1], 1)
 
 
-def test_a_scorer_that_fails_leaves_no_file(tmp_path: Path) -> None:
-    def fail(pairs: list[Pair]) -> list[float]:
-        raise RuntimeError("no memory")
-
-    store = ScoreStore(tmp_path, DIGEST, "float32")
+def test_a_scorer_that_fails_keeps_the_files_that_were_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_store, "ENTRIES_A_FILE", 4)
+    pairs: list[Pair] = [([n], [1]) for n in range(12)]
     with pytest.raises(RuntimeError):
-        store.scores([([1], [2])], fail)
-    assert list(tmp_path.rglob("*.parquet")) == []
+        scores(tmp_path, pairs, Scorer(at_most=10))
+    assert len(list(tmp_path.rglob("*"))) == 2 + 2, "two folders, two files, nothing half written"
+    found, new = scores(tmp_path, pairs, Scorer())
+    assert (found, new) == ([-n - 0.1 for n in range(12)], 4)
+
+
+def test_a_writer_killed_anywhere_leaves_whole_files_only(tmp_path: Path) -> None:
+    """A process adds files of four scores until it is killed; the next one goes on."""
+    code = (
+        "import sys, pathlib; from tpaw_core import score_store; score_store.ENTRIES_A_FILE = 4\n"
+        f"store = score_store.ScoreStore(pathlib.Path(sys.argv[1]), {DIGEST!r}, 'float32')\n"
+        "store.scores([([n], [1]) for n in range(20000)], lambda p: (([n], [-float(n)]) for n in range(len(p))))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    while len(list(tmp_path.rglob("*.npy"))) < 50:
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    pairs: list[Pair] = [([n], [1]) for n in range(20000)]
+    found, new = scores(tmp_path, pairs, lambda p: iter([(list(range(len(p))), [-float(q[0][0]) for q in p])]))
+    assert found == [-float(n) for n in range(20000)]
+    assert 0 < new <= 20000 - 200
+
+
+def test_two_writers_at_once_lose_nothing(tmp_path: Path) -> None:
+    """Both opened the store while it was empty and score rows that overlap."""
+    one, other = (ScoreStore(tmp_path, DIGEST, "float32") for _ in range(2))
+    one.scores([([n], [1]) for n in range(6)], Scorer())
+    other.scores([([n], [1]) for n in range(3, 9)], Scorer())
+    assert scores(tmp_path, [([n], [1]) for n in range(9)], always(0.0)) == ([-n - 0.1 for n in range(9)], 0)
 
 
 def test_over_four_iterations_of_a_team_of_three_no_pair_is_scored_twice(
-    make_model: Callable[[int], Any], tokenizer: Any, encoded: list[Encoded], tmp_path: Path
+    make_model: Callable[[int], Any], tokenizer: Any, encoded: list[Any], tmp_path: Path
 ) -> None:
     rows = encoded[:5]
     models = [make_model(seed) for seed in range(4)]
@@ -112,11 +167,11 @@ def test_over_four_iterations_of_a_team_of_three_no_pair_is_scored_twice(
         fresh = 0
         for member in members:
 
-            def score(asked: list[Pair], player: int = member.iteration) -> list[float]:
+            def score(asked: list[Pair], player: int = member.iteration) -> Batches:
                 computed.update((player, tuple(prompt), tuple(response)) for prompt, response in asked)
-                return scoring.score(models[player], asked, pad_id=tokenizer.pad_token_id)
+                return scoring.batches(models[player], asked, pad_id=tokenizer.pad_token_id, batch_tokens=400)
 
-            found, count = ScoreStore(tmp_path, member.digest, "float32").scores(pairs, score)
+            found, count = scores(tmp_path, pairs, score, digest=member.digest)
             fresh += count
             direct = scoring.score(models[member.iteration], pairs, pad_id=tokenizer.pad_token_id)
             assert found == pytest.approx(direct, abs=1e-4)

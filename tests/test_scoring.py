@@ -8,7 +8,6 @@ import torch
 
 from tpaw_core import scoring
 from tpaw_core.scoring import Pair
-from tpaw_core.template import Encoded
 
 
 @torch.inference_mode()
@@ -23,7 +22,7 @@ def token_by_token(model: Any, pair: Pair) -> float:
 
 
 @pytest.fixture
-def pairs(encoded: list[Encoded]) -> list[Pair]:
+def pairs(encoded: list[Any]) -> list[Pair]:
     """Rows of many lengths, one of them with a response of one token."""
     short = encoded[0].prompt_ids[:5], encoded[0].chosen_ids[:1]
     return [short, *((e.prompt_ids, e.chosen_ids) for e in encoded[:8])]

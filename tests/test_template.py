@@ -9,7 +9,7 @@ from lm_eval.models.huggingface import HFLM
 from tpaw_core import template
 from tpaw_core.data import Row
 from tpaw_core.errors import TpawError
-from tpaw_core.template import Encoded, encode, encode_completion, encode_prompt, render
+from tpaw_core.template import encode, encode_completions, encode_prompts, render
 
 CONVERSATION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 12 + 7?"}]
 KINDS = ["plain", "chatml", "bos", "bos in template"]
@@ -23,13 +23,13 @@ def test_a_prompt_is_rendered_by_the_chat_template_ready_for_the_answer(variant:
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompt_ids_are_the_rendered_text_once_and_nothing_more(kind: str, variant: Callable[[str], Any]) -> None:
     tokenizer = variant(kind)
-    assert tokenizer.decode(encode_prompt(CONVERSATION, tokenizer)) == render(CONVERSATION, tokenizer)
+    assert tokenizer.decode(encode_prompts([CONVERSATION], tokenizer)[0]) == render(CONVERSATION, tokenizer)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_target_ends_in_eos_and_holds_it_once(kind: str, variant: Callable[[str], Any]) -> None:
     tokenizer = variant(kind)
-    *ids, last = encode_completion("12+7=19\n#### 19", tokenizer)
+    ((*ids, last),) = encode_completions(["12+7=19\n#### 19"], tokenizer)
     assert tokenizer.decode(ids) == "12+7=19\n#### 19"
     assert last == tokenizer.eos_token_id
     assert tokenizer.eos_token_id not in ids
@@ -43,33 +43,31 @@ def test_training_generation_and_evaluation_see_the_same_ids(
     tokenizer = variant(kind)
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=128)
     trained = encode(rows[:6], tokenizer, max_length=128, max_skipped=0.0, name="rows")
-    for row, ids in zip(rows, (e.prompt_ids for e in trained), strict=False):
+    for row, ids in zip(rows, map(list, trained.prompts), strict=False):
         text = render(row.prompt, tokenizer)
-        assert encode_prompt(row.prompt, tokenizer) == ids
+        assert encode_prompts([row.prompt], tokenizer) == [ids]
         assert list(harness.tok_encode(text)) == ids
         assert harness.tok_batch_encode([text], left_truncate_len=128 - 16)[0].tolist() == [ids]
 
 
 @pytest.mark.parametrize("over", [0, 1, 5])
-def test_a_target_cut_at_max_length_has_no_eos(
-    over: int, rows: list[Row], tokenizer: Any, encoded: list[Encoded]
-) -> None:
+def test_a_target_cut_at_max_length_has_no_eos(over: int, rows: list[Row], tokenizer: Any, encoded: list[Any]) -> None:
     whole = encoded[0]
     max_length = len(whole.prompt_ids) + len(whole.chosen_ids) - over
-    (found,) = encode(rows[:1], tokenizer, max_length=max_length, max_skipped=0.0, name="rows")
-    assert found.prompt_ids == whole.prompt_ids
-    assert found.chosen_ids == whole.chosen_ids[: len(whole.chosen_ids) - over]
-    assert (tokenizer.eos_token_id in found.chosen_ids) == (over == 0)
+    found = encode(rows[:1], tokenizer, max_length=max_length, max_skipped=0.0, name="rows")
+    assert list(found.prompts[0]) == whole.prompt_ids
+    assert list(found.chosen[0]) == whole.chosen_ids[: len(whole.chosen_ids) - over]
+    assert (tokenizer.eos_token_id in found.chosen[0]) == (over == 0)
 
 
 def test_prompts_without_room_for_an_answer_are_counted_or_refused(
-    rows: list[Row], tokenizer: Any, encoded: list[Encoded], capsys: pytest.CaptureFixture[str]
+    rows: list[Row], tokenizer: Any, encoded: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     lengths = [len(e.prompt_ids) for e in encoded]
     limit = max(lengths)  # the longest prompt, alone or not, leaves no room
     too_long = lengths.count(limit)
     kept = encode(rows, tokenizer, max_length=limit, max_skipped=0.5, name="rows")
-    assert [e.row for e in kept] == [row for row, length in zip(rows, lengths, strict=True) if length < limit]
+    assert kept.row_ids == [row.prompt_id for row, length in zip(rows, lengths, strict=True) if length < limit]
     number = lengths.index(limit) + 1
     reason = f"row {number}: its prompt has {limit} tokens, model.max_length is {limit}"
     assert f"rows: {too_long} of {len(rows)} rows cannot be used; first: {reason}" in capsys.readouterr().out
@@ -82,7 +80,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(missing: str | None, var
     tokenizer = variant("plain")
     tokenizer.chat_template = missing
     with pytest.raises(TpawError, match=r"has no chat template; give one in model\.chat_template"):
-        template.encode_prompt(CONVERSATION, tokenizer)
+        template.encode_prompts([CONVERSATION], tokenizer)
 
 
 def test_every_text_round_trips_through_the_scratch_tokenizer(tokenizer: Any) -> None:

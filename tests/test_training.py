@@ -13,7 +13,6 @@ import torch
 from tpaw_core import config, packing, scoring, training
 from tpaw_core.errors import TpawError
 from tpaw_core.objective import tpaw_loss
-from tpaw_core.template import Encoded
 from tpaw_core.training import Group
 from tpaw_core.weights import player_weights
 
@@ -27,7 +26,7 @@ def settings(**changes: Any) -> config.Optimisation:
 
 
 @pytest.fixture(scope="module")
-def groups(make_model: Callable[[int], Any], tokenizer: Any, encoded: list[Encoded]) -> list[Group]:
+def groups(make_model: Callable[[int], Any], tokenizer: Any, encoded: list[Any]) -> list[Group]:
     """16 prompts, two players, two responses each; players' log-probs and weights are the real ones."""
     players = [make_model(0), make_model(1)]
     made = []
@@ -253,7 +252,7 @@ def test_each_distinct_response_of_a_prompt_is_computed_once() -> None:
 
 
 def test_sft_lowers_the_loss_of_its_rows(
-    make_model: Callable[[int], Any], encoded: list[Encoded], tokenizer: Any, tmp_path: Path
+    make_model: Callable[[int], Any], encoded: list[Any], tokenizer: Any, tmp_path: Path
 ) -> None:
     model, pad_id = make_model(0), tokenizer.pad_token_id
     pairs = [(e.prompt_ids, e.chosen_ids) for e in encoded[:8]]

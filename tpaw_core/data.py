@@ -62,19 +62,28 @@ def prepare(data: Data, seed: int) -> dict[str, int]:
         sources = _file(Path(data.path)), _file(Path(data.heldout_path))
     else:
         sources = _hub(data, data.train_split), _hub(data, data.heldout_split)
-    train = _usable(sources[0], data, data.max_train_rows)
-    heldout = _usable(sources[1], data, data.max_heldout_rows)
-    heldout = _apart(train, heldout, sources[1].name, data.drop_overlap)
-    for path, rows in ((workspace.TRAIN_ROWS, train), (workspace.HELDOUT_ROWS, heldout)):
-        with workspace.publish(path) as aside:
-            aside.write_text(
-                "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-            )
-    counts = {"train": len(train), "heldout": len(heldout)}
+    with workspace.publish(workspace.TRAIN_ROWS) as train, workspace.publish(workspace.HELDOUT_ROWS) as heldout:
+        prompts: set[bytes] = set()
+        counts = {
+            "train": _write(train, _noted(_usable(sources[0], data, data.max_train_rows), prompts)),
+            "heldout": _write(
+                heldout,
+                _apart(_usable(sources[1], data, data.max_heldout_rows), prompts, sources[1].name, data.drop_overlap),
+            ),
+        }
     sums = {path.name: workspace.sha256(path) for path in (workspace.TRAIN_ROWS, workspace.HELDOUT_ROWS)}
     with workspace.publish(ORIGIN) as aside:
         aside.write_text(json.dumps({"made_from": made_from, "rows": counts, "files": sums}, indent=2) + "\n")
     return counts
+
+
+def _write(path: Path, rows: Iterable[Row]) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+            count += 1
+    return count
 
 
 def _origin(data: Data, seed: int) -> str:
@@ -93,58 +102,73 @@ def _up_to_date(made_from: str) -> dict[str, int] | None:
         return None
 
 
-def _apart(train: list[Row], heldout: list[Row], name: str, drop_overlap: bool) -> list[Row]:
+def _prompt_digest(row: Row) -> bytes:
+    return hashlib.sha256(json.dumps(row.prompt).encode()).digest()
+
+
+def _noted(rows: Iterable[Row], prompts: set[bytes]) -> Iterator[Row]:
+    for row in rows:
+        prompts.add(_prompt_digest(row))
+        yield row
+
+
+def _apart(heldout: Iterable[Row], train: set[bytes], name: str, drop_overlap: bool) -> Iterator[Row]:
     """The held-out rows whose prompt is not in train."""
-    seen = {json.dumps(row.prompt) for row in train}
-    shared = [row for row in heldout if json.dumps(row.prompt) in seen]
-    if shared and not drop_overlap:
+    first, shared, total = None, 0, 0
+    for row in heldout:
+        total += 1
+        if _prompt_digest(row) not in train:
+            yield row
+            continue
+        shared += 1
+        first = first or row
+    if first is not None and not drop_overlap:
         raise TpawError(
-            f"{name}: {len(shared)} held-out prompts are also in train, the first "
-            f"{shared[0].prompt[-1]['content'][:60]!r}; remove them from one of the two, "
+            f"{name}: {shared} held-out prompts are also in train, the first "
+            f"{first.prompt[-1]['content'][:60]!r}; remove them from one of the two, "
             "or set data.drop_overlap=true to leave them out of held-out"
         )
-    if shared:
-        print(
-            f"{name}: {len(shared)} of {len(heldout)} held-out rows left out, as their prompts are in train", flush=True
-        )
-    kept = [row for row in heldout if json.dumps(row.prompt) not in seen]
-    if not kept:
+    if shared == total:
         raise TpawError(f"{name}: every held-out prompt is also in train; give other held-out rows")
-    return kept
+    if shared:
+        print(f"{name}: {shared} of {total} held-out rows left out, as their prompts are in train", flush=True)
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of data/train.jsonl or data/heldout.jsonl."""
+def read(path: Path) -> Iterator[Row]:
+    """The rows of data/train.jsonl or data/heldout.jsonl, one at a time."""
     workspace.need(path, "make it with `tpaw data`")
-    rows = [Row(**{k: row[k] for k in ("prompt_id", "prompt", "completion")}) for row in _jsonl(path)]
-    if not rows:
+    empty = True
+    for row in _jsonl(path):
+        empty = False
+        yield Row(**{k: row[k] for k in ("prompt_id", "prompt", "completion")})
+    if empty:
         raise TpawError(f"{path}: holds no rows; make it again with `tpaw data`")
-    return rows
 
 
-def _usable(source: Source, data: Data, limit: int | None) -> list[Row]:
-    name, reasons, seen = source.name, [], set()
-    rows: list[Row] = []
-    total = repeated = 0
+def _usable(source: Source, data: Data, limit: int | None) -> Iterator[Row]:
+    """The distinct usable rows, at most ``limit``."""
+    name, total, repeated = source.name, 0, 0
+    reasons: list[str] = []
+    seen: set[str] = set()
     for number, item in enumerate(source.items, start=1):
-        if limit is not None and len(rows) == limit:
+        if limit is not None and len(seen) == limit:
             break
         total = number
         try:
             row = _row(_mawps(item) if data.format == "mawps" else item, data)
-            if row.prompt_id in seen:
-                repeated += 1
-                continue
-            seen.add(row.prompt_id)
-            rows.append(row)
         except Unusable as reason:
             reasons.append(f"row {number}: {reason}")
+            continue
+        if row.prompt_id in seen:
+            repeated += 1
+            continue
+        seen.add(row.prompt_id)
+        yield row
     if repeated:
         print(f"{name}: {repeated} of {total} rows repeat an earlier row and are left out", flush=True)
     refuse_if_too_many(name, reasons, total, data.max_skipped)
-    if not rows:
+    if not seen:
         raise TpawError(f"{name}: holds no rows; give a file with one row a line")
-    return rows
 
 
 def refuse_if_too_many(name: str, reasons: list[str], total: int, max_skipped: float) -> None:
@@ -225,23 +249,30 @@ def _file(path: Path) -> Source:
     workspace.need(path, "mend data.path or data.heldout_path, or put the file there")
     if path.stat().st_size == 0:
         raise TpawError(f"{path}: is empty; it needs one row a line")
-    if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file)
-            try:
-                return Source(str(path), list(rows))
-            except csv.Error as error:
-                raise TpawError(f"{path}: line {rows.reader.line_num} is not CSV ({error})") from None
-            except UnicodeDecodeError as error:
-                raise TpawError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
+    read = {".csv": _csv, ".parquet": _parquet}.get(path.suffix, _jsonl)
+    return Source(str(path), read(path))
 
+
+def _csv(path: Path) -> Iterator[Any]:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
         try:
-            return Source(str(path), pyarrow.parquet.read_table(path).to_pylist())
-        except pyarrow.ArrowException as error:
-            raise TpawError(f"{path}: not a readable Parquet file: {error}") from None
-    return Source(str(path), _jsonl(path))
+            yield from rows
+        except csv.Error as error:
+            raise TpawError(f"{path}: line {rows.reader.line_num} is not CSV ({error})") from None
+        except UnicodeDecodeError as error:
+            raise TpawError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000):
+            yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise TpawError(f"{path}: not a readable Parquet file: {error}") from None
 
 
 def _jsonl(path: Path) -> Iterator[Any]:

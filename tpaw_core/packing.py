@@ -65,8 +65,8 @@ def pack(trees: Sequence[Tree]) -> Pack:
     in_prompt, in_response = _within(prompts), _within(responses)
     widest, longest = int(prompts.max()), int(responses.max(initial=0))
     position = np.concatenate([in_prompt, np.repeat(prompts[owner], responses) + in_response])
-    ids = [i for prompt, _ in trees for i in prompt]
-    ids += [i for _, responses in trees for response in responses for i in response[:-1]]
+    flat = [np.asarray(response, np.int64) for _, responses in trees for response in responses]
+    ids = np.concatenate([*(np.asarray(prompt, np.int64) for prompt, _ in trees), *(ids[:-1] for ids in flat)])
 
     # The token before the first one of a response is its prompt's last, before another one its neighbour.
     sequence = np.repeat(np.arange(len(whole)), whole)
@@ -88,9 +88,9 @@ def pack(trees: Sequence[Tree]) -> Pack:
         torch.from_numpy(np.where(seen, np.float32(0), np.float32(-np.inf))[:, None]),
     )
     return Pack(
-        {"input_ids": torch.tensor([ids]), "position_ids": torch.from_numpy(position)[None], "layout": layout},
+        {"input_ids": torch.from_numpy(ids)[None], "position_ids": torch.from_numpy(position)[None], "layout": layout},
         torch.from_numpy(source),
-        torch.tensor([i for _, responses in trees for response in responses for i in response]),
+        torch.from_numpy(np.concatenate(flat)),
         torch.from_numpy(sequence),
         len(whole),
     )

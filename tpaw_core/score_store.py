@@ -1,21 +1,31 @@
 """The score store: what log-probability a frozen checkpoint gave a row; computed once, kept for ever.
 
 Keyed by (checkpoint digest, digest of the row's token ids, scoring settings): a path or a name is not an identity.
+A store is a folder of files that are added and never changed, each named by the digest of its bytes: a file is whole or
+it is noticed, and writers need no lock. They are mapped, not read, so a store may be larger than memory.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
+import os
+import uuid
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
+from numpy.typing import NDArray
 
 from tpaw_core import workspace
 from tpaw_core.errors import TpawError
 from tpaw_core.scoring import Pair
+
+ENTRY = np.dtype([("key", "S16"), ("logp", "<f8")])
+ENTRIES_A_FILE = 1 << 16  # at most so many new scores are lost when a process is killed
+
+Scorer = Callable[[list[Pair]], Iterable[tuple[Sequence[int], Sequence[float]]]]
 
 
 def key(pair: Pair) -> bytes:
@@ -24,27 +34,73 @@ def key(pair: Pair) -> bytes:
     return hashlib.sha256(array("q", [len(prompt), *prompt, *response]).tobytes()).digest()[:16]
 
 
+def keys(pairs: Sequence[Pair]) -> NDArray[np.bytes_]:
+    return np.frombuffer(b"".join(map(key, pairs)), ENTRY["key"])
+
+
 class ScoreStore:
-    """Scores of one checkpoint under one setting: a folder of Parquet files, each complete or absent."""
+    """Scores of one checkpoint under one setting."""
 
     def __init__(self, root: Path, checkpoint_digest: str, settings: str) -> None:
         self.folder = root / checkpoint_digest[:32] / settings
-        self._scores: dict[bytes, float] = {}
-        for file in sorted(self.folder.glob("*.parquet")):
-            try:
-                table = pq.read_table(file)
-                self._scores.update(zip(table["key"].to_pylist(), table["logp"].to_pylist(), strict=True))
-            except (pa.ArrowException, KeyError) as error:
-                raise TpawError(f"{file}: is damaged ({error}); delete it, its rows are scored again") from None
+        self._files = [_open(path) for path in sorted(self.folder.glob("*.npy"))]
 
-    def scores(self, pairs: Sequence[Pair], score: Callable[[list[Pair]], list[float]]) -> tuple[list[float], int]:
-        """The score of each pair, and how many were new; ``score`` is called once, with the distinct new pairs."""
-        keys = [key(pair) for pair in pairs]
-        new = {k: pair for k, pair in zip(keys, pairs, strict=True) if k not in self._scores}
-        if new:
-            values = score(list(new.values()))
-            self._scores.update(zip(new, values, strict=True))
-            number = max((int(file.stem) for file in self.folder.glob("*.parquet")), default=-1) + 1
-            with workspace.publish(self.folder / f"{number:06d}.parquet") as aside:
-                pq.write_table(pa.table({"key": list(new), "logp": pa.array(values, pa.float64())}), aside)
-        return [self._scores[k] for k in keys], len(new)
+    def scores(
+        self, pairs: Sequence[Pair], score: Scorer, named: NDArray[np.bytes_] | None = None
+    ) -> tuple[NDArray[np.float64], int]:
+        """The score of each pair, and how many were new.
+
+        ``score`` is called with the distinct new pairs, if there are any, and gives (positions, scores) as it gets on.
+        ``named`` is `keys(pairs)` where the caller has it.
+        """
+        asked, first, where = np.unique(keys(pairs) if named is None else named, return_index=True, return_inverse=True)
+        values = np.full(len(asked), np.nan)
+        new = np.ones(len(asked), bool)
+        for file in self._files:
+            place = np.searchsorted(file["key"], asked).clip(max=len(file) - 1)
+            hit = file["key"][place] == asked
+            values[hit] = file["logp"][place[hit]]
+            new &= ~hit
+        missing = np.flatnonzero(new)
+        if len(missing):
+            missing = missing[np.argsort(first[missing])]  # in the order of the pairs
+            waiting: list[NDArray[np.int64]] = []
+            for positions, found in score([pairs[i] for i in first[missing]]):
+                waiting.append(missing[np.asarray(positions)])
+                values[waiting[-1]] = found
+                if sum(map(len, waiting)) >= ENTRIES_A_FILE:
+                    self._add(asked, values, waiting)
+            self._add(asked, values, waiting)
+        return values[where], len(missing)
+
+    def _add(self, asked: NDArray[np.bytes_], values: NDArray[np.float64], waiting: list[NDArray[np.int64]]) -> None:
+        """Write what waits as one more file, sorted by key."""
+        if not waiting:
+            return
+        places = np.sort(np.concatenate(waiting))
+        waiting.clear()
+        entries = np.empty(len(places), ENTRY)
+        entries["key"], entries["logp"] = asked[places], values[places]
+        content = io.BytesIO()
+        np.save(content, entries)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        aside = self.folder / f".{uuid.uuid4().hex}"
+        try:
+            aside.write_bytes(content.getbuffer())
+            os.replace(aside, self.folder / f"{_name(content.getbuffer())}.npy")
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def _name(content: bytes | memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _open(path: Path) -> NDArray[np.void]:
+    try:
+        if not workspace.sha256(path).startswith(path.stem):
+            raise ValueError("its bytes are not those it was named for")
+        entries: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return entries
+    except ValueError as error:
+        raise TpawError(f"{path}: is damaged ({error}); delete it, its rows are scored again") from None

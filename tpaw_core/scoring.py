@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 
 from tpaw_core import attention, packing
@@ -66,24 +67,37 @@ def _disagreement(model: PreTrainedModel, pad_id: int) -> str | None:
 
 
 @torch.inference_mode()
-def score(
+def batches(
     model: PreTrainedModel, pairs: Sequence[Pair], *, pad_id: int, batch_tokens: int = 16384, bf16: bool = False
-) -> list[float]:
-    """log pi of each pair's response, in the order given; ``bf16`` computes as training with bf16 does."""
-    members: dict[tuple[int, ...], list[int]] = {}
+) -> Iterator[tuple[list[int], list[float]]]:
+    """Positions in ``pairs`` and log pi of their responses, a batch at a time and each position once.
+
+    ``bf16`` computes as training with bf16 does.
+    """
+    members: dict[bytes, list[int]] = {}
     for index, (prompt, _) in enumerate(pairs):
-        members.setdefault(tuple(prompt), []).append(index)
-    found = [((prompt, [pairs[i][1] for i in indices]), indices) for prompt, indices in members.items()]
+        members.setdefault(np.asarray(prompt, np.int32).tobytes(), []).append(index)
+    cost = {ids: len(pairs[own[0]][0]) + sum(len(pairs[i][1]) for i in own) for ids, own in members.items()}
+    found = [members[ids] for ids in sorted(cost, key=cost.__getitem__)]
+
+    def tree(indices: list[int]) -> Tree:
+        return pairs[indices[0]][0], [pairs[i][1] for i in indices]
+
+    with packer(model, map(tree, found), pad_id) as pack:
+        parts = by_tokens(found, tree, batch_tokens)
+        for part in progress(parts, "scoring", size=lambda part: sum(map(len, part))):
+            inputs = pack(list(map(tree, part))).to(model.device)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+                values = response_logps(model, inputs).tolist()
+            yield [i for indices in part for i in indices], values
+
+
+def score(model: PreTrainedModel, pairs: Sequence[Pair], **options: Any) -> list[float]:
+    """log pi of each pair's response, in the order given; options are those of `batches`."""
     scores = [0.0] * len(pairs)
-    with (
-        packer(model, (tree for tree, _ in found), pad_id) as pack,
-        torch.autocast(model.device.type, torch.bfloat16, enabled=bf16),
-    ):
-        batches = by_tokens(sorted(found, key=lambda f: packing.tokens(f[0])), lambda f: f[0], batch_tokens)
-        for batch in progress(batches, "scoring", size=lambda batch: sum(len(indices) for _, indices in batch)):
-            values = response_logps(model, pack([tree for tree, _ in batch]).to(model.device)).tolist()
-            for index, value in zip((i for _, indices in batch for i in indices), values, strict=True):
-                scores[index] = value
+    for positions, values in batches(model, pairs, **options):
+        for position, value in zip(positions, values, strict=True):
+            scores[position] = value
     return scores
 
 

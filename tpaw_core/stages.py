@@ -8,19 +8,25 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from tpaw_core import checkpoint, config, data, workspace
 from tpaw_core.config import Params
 from tpaw_core.errors import TpawError
+from tpaw_core.ragged import Ragged
 
 if TYPE_CHECKING:
+    from tpaw_core.generation import Response
     from tpaw_core.registry import Registry
-    from tpaw_core.template import Encoded
+    from tpaw_core.template import EncodedRows
     from tpaw_core.training import OnLog
+
+
+ROWS_AT_A_TIME = 1000
 
 
 class Member(TypedDict):
@@ -53,14 +59,15 @@ def sft(params: Params) -> None:
 
     Reads: data/train.jsonl. Writes: checkpoints/0, training/0.jsonl. Refuses: a model that cannot be loaded.
     """
-    from tpaw_core import scratch, template, training
+    from tpaw_core import scratch, training
 
     with workspace.exclusive("sft"):
-        rows = data.read(workspace.TRAIN_ROWS)
         own = params.model
         if own.model_name_or_path is None:
             assert own.scratch is not None
-            texts = [m["content"] for row in rows for m in row.prompt] + [row.completion for row in rows]
+            texts = chain.from_iterable(
+                [*(m["content"] for m in row.prompt), row.completion] for row in data.read(workspace.TRAIN_ROWS)
+            )
             tokenizer = scratch.tokenizer(texts, own.scratch, own.max_length)
             model = scratch.model(own.scratch, tokenizer, max_length=own.max_length, seed=params.seed)
         else:
@@ -76,17 +83,11 @@ def sft(params: Params) -> None:
         made_by = config.digest([params.seed, own.model_dump(), params.sft.model_dump()])
         state = workspace.TRAINING_STATE / f"0-{config.digest([made_by, workspace.sha256(workspace.TRAIN_ROWS)])[:16]}"
         if params.sft.enabled:
-            encoded = template.encode(
-                rows,
-                tokenizer,
-                max_length=own.max_length,
-                max_skipped=params.data.max_skipped,
-                name=str(workspace.TRAIN_ROWS),
-            )
+            encoded = _encoded(params, tokenizer, data.read(workspace.TRAIN_ROWS))
             with _recorded(params, 0) as (registry, on_log):
                 log = training.sft(
                     model,
-                    [(e.prompt_ids, e.chosen_ids) for e in encoded],
+                    list(zip(encoded.prompts, encoded.chosen, strict=True)),
                     params.sft,
                     pad_id=tokenizer.pad_token_id,
                     seed=params.seed,
@@ -95,7 +96,7 @@ def sft(params: Params) -> None:
                 )
                 _publish(params, 0, model, tokenizer, log, parent=None, made_by=made_by)
                 if registry:
-                    registry.log_dataset(registry.iteration(0), workspace.TRAIN_ROWS, len(rows), "training")
+                    registry.log_dataset(registry.iteration(0), workspace.TRAIN_ROWS, len(encoded.row_ids), "training")
                     registry.register(0)
         else:
             _publish(params, 0, model, tokenizer, log, parent=None, made_by=made_by)
@@ -109,9 +110,6 @@ def generate(params: Params, iteration: int) -> None:
 
     Reads: checkpoints/<t-1>, data/train.jsonl. Writes: synthetic/<t>.parquet. Refuses: a missing or damaged parent.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     from tpaw_core import generation
 
     with workspace.exclusive(f"generate@{iteration}"):
@@ -119,33 +117,20 @@ def generate(params: Params, iteration: int) -> None:
         manifest = checkpoint.verify(folder)
         tokenizer = checkpoint.load_tokenizer(folder)
         encoded = _encoded(params, tokenizer)
-        prompts = [e.prompt_ids for e in encoded]
         limit: Any = {"max_length": params.model.max_length, "eos_id": tokenizer.eos_token_id}
         seed = params.seed + iteration
         if params.generation.backend == "vllm":
             responses = generation.generate_vllm(
-                folder, prompts, params.generation, **limit, seed=seed, dtype=params.model.dtype
+                folder, encoded.prompts, params.generation, **limit, seed=seed, dtype=params.model.dtype
             )
         else:
             model = checkpoint.load_model(folder)
             responses = generation.generate(
-                model, prompts, params.generation, **limit, seed=seed, pad_id=tokenizer.pad_token_id
+                model, encoded.prompts, params.generation, **limit, seed=seed, pad_id=tokenizer.pad_token_id
             )
-        table = pa.table(
-            {
-                "prompt_id": [e.row.prompt_id for e in encoded],
-                "iteration": [iteration] * len(encoded),
-                "opponent": [manifest["digest"]] * len(encoded),
-                "prompt": [e.row.prompt for e in encoded],
-                "chosen": [e.row.completion for e in encoded],
-                "rejected": tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True),
-                "rejected_ids": pa.array([r.ids for r in responses], pa.list_(pa.int32())),
-                "finish_reason": [r.finish_reason for r in responses],
-            }
-        )
         with workspace.publish(workspace.synthetic(iteration)) as aside:
-            pq.write_table(table, aside)
-        equal = sum(r.ids == e.chosen_ids for r, e in zip(responses, encoded, strict=True))
+            _write_synthetic(aside, iteration, manifest["digest"], _playing(params), encoded, responses, tokenizer)
+        equal = sum(r.ids == chosen for r, chosen in zip(responses, encoded.chosen, strict=True))
         cut = sum(r.finish_reason == "length" for r in responses)
         print(f"{len(responses)} responses: {equal} equal their target, {cut} were cut at the limit", flush=True)
         if registry := _registry(params):
@@ -210,18 +195,16 @@ def weigh(params: Params, iteration: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from tpaw_core import scoring, weights
-    from tpaw_core.score_store import ScoreStore
+    from tpaw_core import score_store, scoring, weights
 
     with workspace.exclusive(f"weights@{iteration}"):
         members = read_team(iteration)["members"]
         tokenizer = checkpoint.load_tokenizer(workspace.need(Path(members[0]["checkpoint"]), "restore the checkpoint"))
         encoded = _encoded(params, tokenizer)
-        opponents = [_responses(member, encoded) for member in members]
-        targets = [(e.prompt_ids, e.chosen_ids) for e in encoded]
-        pairs = targets + [
-            (e.prompt_ids, ids) for responses in opponents for e, ids in zip(encoded, responses, strict=True)
-        ]
+        pairs = list(zip(encoded.prompts, encoded.chosen, strict=True))
+        for member in members:
+            pairs += zip(encoded.prompts, _responses(member, encoded.row_ids), strict=True)
+        keys = score_store.keys(pairs)
         columns, scored = [], 0
         for member in members:
             folder = Path(member["checkpoint"])
@@ -230,17 +213,17 @@ def weigh(params: Params, iteration: int) -> None:
                     f"{folder}: is not the checkpoint that teams/{iteration}.json names; make the team again"
                 )
             bf16 = params.training.bf16
-            store = ScoreStore(workspace.SCORES, member["digest"], "bfloat16" if bf16 else "float32")
+            store = score_store.ScoreStore(workspace.SCORES, member["digest"], "bfloat16" if bf16 else "float32")
 
-            def score(new: list[scoring.Pair], folder: Path = folder, bf16: bool = bf16) -> list[float]:
+            def score(new: list[scoring.Pair], folder: Path = folder, bf16: bool = bf16) -> Any:
                 model = checkpoint.load_model(folder, dtype="float32")
-                return scoring.score(model, new, pad_id=tokenizer.pad_token_id, bf16=bf16)
+                return scoring.batches(model, new, pad_id=tokenizer.pad_token_id, bf16=bf16)
 
-            values, new = store.scores(pairs, score)
+            values, new = store.scores(pairs, score, keys)
             columns.append(values)
             scored += new
         table = np.array(columns).T  # [targets + responses, players]
-        rows, players = len(encoded), len(members)
+        rows, players = len(encoded.row_ids), len(members)
         chosen = np.tile(table[:rows], (players, 1))
         rejected = table[rows:]
         objective = params.objective_at(iteration)
@@ -252,11 +235,12 @@ def weigh(params: Params, iteration: int) -> None:
             ) from None
         out = pa.table(
             {
-                "prompt_id": [e.row.prompt_id for e in encoded] * players,
-                "opponent": [member["digest"] for member in members for _ in encoded],
-                "players_chosen": list(chosen),
-                "players_rejected": list(rejected),
-                "beta": list(beta),
+                "prompt_id": encoded.row_ids * players,
+                "opponent": [member["digest"] for member in members for _ in range(rows)],
+                **{
+                    name: pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), players)
+                    for name, values in (("players_chosen", chosen), ("players_rejected", rejected), ("beta", beta))
+                },
             }
         )
         with workspace.publish(workspace.weights(iteration)) as aside:
@@ -285,22 +269,22 @@ def train(params: Params, iteration: int) -> None:
         tokenizer = checkpoint.load_tokenizer(folder)
         encoded = _encoded(params, tokenizer)
         path = workspace.need(workspace.weights(iteration), f"make it with `tpaw weights --iteration {iteration}`")
-        table = pq.read_table(path).to_pydict()
-        if table["prompt_id"] != [e.row.prompt_id for e in encoded] * len(members):
+        table = pq.read_table(path)
+        if table["prompt_id"].to_pylist() != encoded.row_ids * len(members):
             raise TpawError(f"{path}: does not belong to data/train.jsonl and teams/{iteration}.json; make it again")
-        opponents = [_responses(member, encoded) for member in members]
-        rows = len(encoded)
-        groups = [
-            training.Group(
-                e.prompt_ids,
-                e.chosen_ids,
-                [responses[i] for responses in opponents],
-                table["players_chosen"][i],
-                [table["players_rejected"][k * rows + i] for k in range(len(members))],
-                [table["beta"][k * rows + i] for k in range(len(members))],
-            )
-            for i, e in enumerate(encoded)
-        ]
+        shape = len(members), len(encoded.row_ids), len(members)  # opponents, rows, players
+        players_chosen, players_rejected, beta = (
+            table[name].combine_chunks().flatten().to_numpy().reshape(shape)
+            for name in ("players_chosen", "players_rejected", "beta")
+        )
+        groups = training.Groups(
+            encoded.prompts,
+            encoded.chosen,
+            [_responses(member, encoded.row_ids) for member in members],
+            players_chosen[0],
+            players_rejected,
+            beta,
+        )
         objective, settings = params.objective_at(iteration), params.training_at(iteration)
         made_by = config.digest([params.seed, params.model.dtype, objective.model_dump(), settings.model_dump()])
         identity = config.digest([made_by, manifest["digest"], workspace.sha256(path)])
@@ -337,7 +321,7 @@ def evaluate(params: Params, iteration: int) -> None:
         results = evaluation.evaluate(
             checkpoint.load_model(folder),
             checkpoint.load_tokenizer(folder),
-            data.read(workspace.HELDOUT_ROWS),
+            list(data.read(workspace.HELDOUT_ROWS)),
             params.evaluation,
             max_length=params.model.max_length,
             seed=params.seed,
@@ -419,11 +403,12 @@ def _parent(iteration: int) -> Path:
     return folder
 
 
-def _encoded(params: Params, tokenizer: Any) -> list[Encoded]:
+def _encoded(params: Params, tokenizer: Any, rows: Iterable[data.Row] | None = None) -> EncodedRows:
+    """``rows``, by default those that play, as ids."""
     from tpaw_core import template
 
     return template.encode(
-        data.read(workspace.TRAIN_ROWS)[: params.data.max_self_play_rows],
+        _playing(params) if rows is None else rows,
         tokenizer,
         max_length=params.model.max_length,
         max_skipped=params.data.max_skipped,
@@ -431,19 +416,68 @@ def _encoded(params: Params, tokenizer: Any) -> list[Encoded]:
     )
 
 
-def _responses(member: Member, encoded: list[Encoded]) -> list[list[int]]:
+def _playing(params: Params) -> Iterable[data.Row]:
+    return islice(data.read(workspace.TRAIN_ROWS), params.data.max_self_play_rows)
+
+
+def _write_synthetic(
+    path: Path,
+    iteration: int,
+    opponent: str,
+    rows: Iterable[data.Row],
+    encoded: EncodedRows,
+    responses: Sequence[Response],
+    tokenizer: Any,
+) -> None:
+    """synthetic/<t>.parquet, some rows at a time: the texts are read from the file once more."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        {
+            "prompt_id": pa.string(),
+            "iteration": pa.int64(),
+            "opponent": pa.string(),
+            "prompt": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+            "chosen": pa.string(),
+            "rejected": pa.string(),
+            "rejected_ids": pa.list_(pa.int32()),
+            "finish_reason": pa.string(),
+        }
+    )
+    kept = set(encoded.row_ids)  # a prompt without room for an answer has none
+    answered = zip((row for row in rows if row.prompt_id in kept), responses, strict=True)
+    with pq.ParquetWriter(path, schema) as file:
+        while some := list(islice(answered, ROWS_AT_A_TIME)):
+            texts = tokenizer.batch_decode([r.ids for _, r in some], skip_special_tokens=True)
+            columns = zip(
+                *(
+                    (row.prompt_id, iteration, opponent, row.prompt, row.completion, text, r.ids, r.finish_reason)
+                    for (row, r), text in zip(some, texts, strict=True)
+                ),
+                strict=True,
+            )
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+            file.write_batch(pa.record_batch(arrays, schema=schema))
+
+
+def _responses(member: Member, row_ids: list[str]) -> Ragged:
     """The ids that an opponent generated, in the order of the training rows."""
     import pyarrow.parquet as pq
 
     path = workspace.need(Path(member["synthetic"]), "make it again, or restore it with `dvc checkout`")
     if workspace.sha256(path) != member["synthetic_sha256"]:
         raise TpawError(f"{path}: has changed since the team was made; restore it with `dvc checkout --force {path}`")
-    table = pq.read_table(path, columns=["prompt_id", "rejected_ids"]).to_pydict()
-    found = dict(zip(table["prompt_id"], table["rejected_ids"], strict=True))
-    missing = [e.row.prompt_id for e in encoded if e.row.prompt_id not in found]
+    table = pq.read_table(path, columns=["prompt_id", "rejected_ids"]).combine_chunks()
+    ids = table["rejected_ids"].combine_chunks()
+    found = Ragged.of(ids.values.to_numpy(), ids.offsets.to_numpy())
+    if (names := table["prompt_id"].to_pylist()) == row_ids:
+        return found
+    place = {name: number for number, name in enumerate(names)}
+    missing = [name for name in row_ids if name not in place]
     if missing:
         raise TpawError(f"{path}: lacks {len(missing)} rows of data/train.jsonl, the first {missing[0]}; make it again")
-    return [found[e.row.prompt_id] for e in encoded]
+    return Ragged(found[place[name]] for name in row_ids)
 
 
 def _publish(

@@ -6,20 +6,26 @@ ends in EOS; a generated response is kept as the ids that were generated and is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any, NamedTuple
 
 from tpaw_core.data import Message, Row, refuse_if_too_many
 from tpaw_core.errors import TpawError
+from tpaw_core.ragged import Ragged
 
 SCRATCH_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
-@dataclass(frozen=True)
-class Encoded:
-    row: Row
-    prompt_ids: list[int]
-    chosen_ids: list[int]  # ends in EOS unless cut at max_length
+ROWS_AT_A_TIME = 1000
+
+
+class EncodedRows(NamedTuple):
+    """Rows as token ids; their texts stay in the file."""
+
+    row_ids: list[str]  # Row.prompt_id of each
+    prompts: Ragged
+    chosen: Ragged  # each ends in EOS unless cut at max_length
 
 
 def render(messages: list[Message], tokenizer: Any) -> str:
@@ -32,27 +38,36 @@ def render(messages: list[Message], tokenizer: Any) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def encode_prompt(messages: list[Message], tokenizer: Any) -> list[int]:
-    return tokenizer(render(messages, tokenizer), add_special_tokens=False)["input_ids"]
+def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def encode_completion(text: str, tokenizer: Any) -> list[int]:
-    """The target's ids, EOS at the end."""
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+def encode_prompts(prompts: list[list[Message]], tokenizer: Any) -> list[list[int]]:
+    return _ids([render(messages, tokenizer) for messages in prompts], tokenizer)
 
 
-def encode(rows: list[Row], tokenizer: Any, *, max_length: int, max_skipped: float, name: str) -> list[Encoded]:
+def encode_completions(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """The targets' ids, EOS at the end of each."""
+    return [[*ids, tokenizer.eos_token_id] for ids in _ids(texts, tokenizer)]
+
+
+def encode(rows: Iterable[Row], tokenizer: Any, *, max_length: int, max_skipped: float, name: str) -> EncodedRows:
     """Rows as ids. A target that does not fit is cut at ``max_length`` tokens (without EOS, as it is not finished).
 
     Raises TpawError where more than the share ``max_skipped`` of the prompts leave no room for a response.
     """
-    encoded, reasons = [], []
-    for number, row in enumerate(rows, start=1):
-        prompt = encode_prompt(row.prompt, tokenizer)
-        if len(prompt) >= max_length:
-            reasons.append(f"row {number}: its prompt has {len(prompt)} tokens, model.max_length is {max_length}")
-            continue
-        chosen = encode_completion(row.completion, tokenizer)[: max_length - len(prompt)]
-        encoded.append(Encoded(row, prompt, chosen))
-    refuse_if_too_many(name, reasons, len(rows), max_skipped)
+    encoded, reasons, total = EncodedRows([], Ragged(), Ragged()), [], 0
+    left = iter(rows)
+    while some := list(islice(left, ROWS_AT_A_TIME)):
+        prompts = encode_prompts([row.prompt for row in some], tokenizer)
+        targets = encode_completions([row.completion for row in some], tokenizer)
+        for row, prompt, chosen in zip(some, prompts, targets, strict=True):
+            total += 1
+            if len(prompt) >= max_length:
+                reasons.append(f"row {total}: its prompt has {len(prompt)} tokens, model.max_length is {max_length}")
+                continue
+            encoded.row_ids.append(row.prompt_id)
+            encoded.prompts.append(prompt)
+            encoded.chosen.append(chosen[: max_length - len(prompt)])
+    refuse_if_too_many(name, reasons, total, max_skipped)
     return encoded

@@ -13,15 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from tpaw_core.errors import TpawError
 from tpaw_core.logps import response_logps
 from tpaw_core.objective import Losses, tpaw_loss
-from tpaw_core.packing import Pack, Tree
+from tpaw_core.packing import Ids, Pack, Tree
 from tpaw_core.progress import Progress
+from tpaw_core.ragged import Ragged
 from tpaw_core.scoring import Packer, Pair, by_tokens, packer
 
 if TYPE_CHECKING:
@@ -35,12 +38,41 @@ OnLog = Callable[[int, dict[str, float]], None]
 class Group(NamedTuple):
     """One prompt with its target and the team's responses: n triplets, K players, all constants but the ids."""
 
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[list[int]]  # n
+    prompt_ids: Ids
+    chosen_ids: Ids
+    rejected_ids: list[Ids]  # n
     players_chosen: list[float]  # [K]  log pi_j(y|x)
     players_rejected: list[list[float]]  # [n, K]  log pi_j(g|x)
     beta: list[list[float]]  # [n, K]
+
+
+class Groups(Sequence[Group]):
+    """Rows with their n responses and K players; a group is made when it is asked for."""
+
+    def __init__(
+        self,
+        prompts: Ragged,
+        chosen: Ragged,
+        rejected: Sequence[Ragged],  # n
+        players_chosen: NDArray[np.float64],  # [rows, K]
+        players_rejected: NDArray[np.float64],  # [n, rows, K]
+        beta: NDArray[np.float64],  # [n, rows, K]
+    ) -> None:
+        self.prompts, self.chosen, self.rejected = prompts, chosen, rejected
+        self.players_chosen, self.players_rejected, self.beta = players_chosen, players_rejected, beta
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, row: Any) -> Any:
+        return Group(
+            self.prompts[row],
+            self.chosen[row],
+            [ids[row] for ids in self.rejected],
+            self.players_chosen[row].tolist(),
+            self.players_rejected[:, row].tolist(),
+            self.beta[:, row].tolist(),
+        )
 
 
 class Triplets(NamedTuple):
@@ -197,7 +229,7 @@ def sft(
             SftTrainer(
                 model=model,
                 args=_arguments(settings, seed, state, len(rows)),
-                train_dataset=list(rows),
+                train_dataset=rows,
                 data_collator=lambda pairs: collate(pairs, pack),
                 callbacks=[_Report("sft", on_log)],
             ),
@@ -234,7 +266,7 @@ def self_play(
                 triplets_per_group=sum(len(group.rejected_ids) for group in groups) / len(groups),
                 model=model,
                 args=_arguments(settings, seed, state, len(groups)),
-                train_dataset=list(groups),
+                train_dataset=groups,
                 data_collator=lambda batch: collate(batch, pack),
                 callbacks=[_Report("training", on_log)],
             ),
