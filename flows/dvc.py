@@ -7,10 +7,16 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
+
+from tpaw_core import preload
 
 HINTS = ("To track the changes", "To enable auto staging", "Use `dvc push`", "\tgit add", "\tdvc config")
 TEMPORARY = {75, 137, 143}  # exit statuses where trying again can help: a service did not answer, a signal came
@@ -26,12 +32,29 @@ class StageFailed(RuntimeError):
 
 def repro(stage: str) -> bool:
     """Bring one stage up to date; True where it had to run, False where there was nothing to do."""
-    lines = run([sys.executable, "-m", "dvc", "repro", "--single-item", stage])
+    lines = run("dvc", "repro", "--single-item", stage)
     return any(line.startswith("Running stage") for line in lines)
 
 
-def run(command: list[str]) -> list[str]:
-    """Run a command in its own session, log its lines, and kill the whole group whatever ends the wait.
+@contextmanager
+def preloaded() -> Iterator[None]:
+    """While this holds, commands are forked from a process that has done the imports; it ends with this one."""
+    with tempfile.TemporaryDirectory(prefix="tpaw-") as folder:
+        address = f"{folder}/socket"
+        command = [sys.executable, "-m", "tpaw_core", "preload", address]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+        while not Path(address).exists() and process.poll() is None:
+            time.sleep(0.05)
+        os.environ[preload.ADDRESS] = address
+        try:
+            yield
+        finally:
+            del os.environ[preload.ADDRESS]
+            process.communicate()
+
+
+def run(program: str, *arguments: str) -> list[str]:
+    """Run dvc or tpaw in its own session, log its lines, and kill the whole group whatever ends the wait.
 
     Raises StageFailed with the command's own error message.
     """
@@ -44,6 +67,7 @@ def run(command: list[str]) -> list[str]:
         "TPAW_OWNER": str(os.getpid()),
         "TPAW_SESSION": str(flow_run.id or ""),
     }
+    command = [sys.executable, "-m", "tpaw_core.preload", program, *arguments]
     process = subprocess.Popen(
         command,
         env=environment,
@@ -66,12 +90,12 @@ def run(command: list[str]) -> list[str]:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if code != 0:
-        raise _failure(command, lines, code)
+        raise _failure(lines or [" ".join((program, *arguments))], code)
     return lines
 
 
-def _failure(command: list[str], lines: list[str], code: int) -> StageFailed:
+def _failure(lines: list[str], code: int) -> StageFailed:
     status = next((int(m.group(1)) for line in reversed(lines) if (m := re.search(r"exited with (-?\d+)", line))), code)
     start = next((i for i, line in enumerate(lines) if line.startswith("error: ")), None)
     own = [line for line in lines[start:] if not line.startswith("ERROR: ")] if start is not None else lines[-5:]
-    return StageFailed("\n".join(own) or " ".join(command), temporary=status < 0 or status in TEMPORARY)
+    return StageFailed("\n".join(own), temporary=status < 0 or status in TEMPORARY)

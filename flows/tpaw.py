@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from typing import Any
 from uuid import UUID
@@ -39,8 +38,8 @@ def configure(recipe: str | None, overrides: list[str], iterations: int | None) 
 
 @task(**RETRY)
 def prepare_data() -> None:
-    dvc.run([sys.executable, "-m", "tpaw_core", "data"])
-    dvc.run([sys.executable, "-m", "dvc", "add", "--quiet", str(workspace.DATA)])
+    dvc.run("tpaw", "data")
+    dvc.run("dvc", "add", "--quiet", str(workspace.DATA))
 
 
 @task(**RETRY)
@@ -120,18 +119,19 @@ def tpaw(iterations: int | None = None, recipe: str | None = None, overrides: li
         done += 1
         update_progress_artifact(progress, 100 * done / total)
 
-    step(prepare_data)
-    step(fine_tune)
-    step(evaluate, 0)
-    for iteration in range(1, last + 1):
-        step(generate, iteration)
-        step(assemble_team, iteration)
-        step(compute_adaptive_weights, iteration)
-        step(train, iteration)
-        step(evaluate, iteration)
+    with dvc.preloaded():
+        step(prepare_data)
+        step(fine_tune)
+        step(evaluate, 0)
+        for iteration in range(1, last + 1):
+            step(generate, iteration)
+            step(assemble_team, iteration)
+            step(compute_adaptive_weights, iteration)
+            step(train, iteration)
+            step(evaluate, iteration)
+            show_results(params, seconds)
+        step(write_report)
         show_results(params, seconds)
-    step(write_report)
-    show_results(params, seconds)
     with workspace.publish(workspace.FLOW_SECONDS) as aside:
         aside.write_text(json.dumps(seconds))
 

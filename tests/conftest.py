@@ -14,6 +14,7 @@ os.environ.update(HF_HUB_OFFLINE="1", MLFLOW_DISABLE_TELEMETRY="true", TOKENIZER
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tpaw_core import checkpoint, config, corpus, data, scratch, template
 
@@ -136,5 +137,34 @@ def variant(tokenizer: Any) -> Callable[[str], Any]:
         if kind == "bos in template":
             made.chat_template = "{{ bos_token }}" + CHATML
         return made
+
+    return make
+
+
+COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def architecture() -> Callable[..., Any]:
+    """Makes a small model of another family, with weights large enough for log-probabilities to differ."""
+
+    def make(kind: str, **changes: Any) -> Any:
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**COMMON, **changes}))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        return model.eval()
 
     return make

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from tpaw_core import config, generation
 from tpaw_core.errors import TpawError
@@ -87,6 +88,73 @@ def test_the_same_seed_gives_the_same_answers_and_another_seed_others(generate: 
     assert generate(temperature=1.0, seed=7) == first
     assert generate(temperature=1.0, seed=8) != first
     assert generate(seed=7) == generate(seed=8), "greedy answers know no seed"
+
+
+def test_neither_batches_nor_rows_that_left_change_an_answer(
+    generate: Generate, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sampled ones too: what a row draws depends on the seed and its place. Some rows must leave before others end."""
+    sizes: list[int] = []
+    choose = generation._choose
+    monkeypatch.setattr(
+        generation, "_choose", lambda logits, *given: (sizes.append(len(logits)), choose(logits, *given))[1]
+    )
+    whole = generate(temperature=1.0, batch_size=100)
+    assert sizes[0] == len(prompts)
+    assert len(set(sizes)) > 2, "rows must leave"
+    assert generate(temperature=1.0, batch_size=1) == whole
+    assert generate(temperature=1.0, batch_size=7) == whole
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.5, 0.7), (1.0, 0.05)])
+def test_tokens_are_drawn_with_the_probabilities_that_the_settings_give(temperature: float, top_p: float) -> None:
+    """Against transformers' own warpers: frequencies of 20,000 draws within five standard errors."""
+    logits = torch.tensor([1.0, 3.0, -2.0, 2.5, 2.5, 0.0, -float("inf"), 1.5])
+    warpers = [TemperatureLogitsWarper(temperature), *([TopPLogitsWarper(top_p)] if top_p < 1 else [])]
+    expected = LogitsProcessorList(warpers)(torch.empty(1, 0), logits[None]).softmax(-1)[0].double()
+    draws = torch.rand(20_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    tokens = generation._choose(logits.expand(len(draws), -1), draws, settings(temperature=temperature, top_p=top_p))
+    found = tokens.bincount(minlength=len(logits)) / len(draws)
+    assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / len(draws)).sqrt()).all()
+    assert not found[expected == 0].any()
+
+
+def test_the_ends_of_the_range_of_chances_are_tokens_that_can_be_drawn() -> None:
+    logits = torch.tensor([[-float("inf"), 0.0, 0.0, -float("inf")]] * 2)
+    chance = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert generation._choose(logits, chance, settings(temperature=1.0)).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {}),
+        ("qwen2", {}),
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+        ("mistral", {"sliding_window": 4}),
+        ("gemma2", {"query_pre_attn_scalar": 8, "sliding_window": 4}),
+        ("gemma3_text", {"query_pre_attn_scalar": 8, "sliding_window": 4}),
+        ("phi", {"num_key_value_heads": 4}),
+        ("bloom", {"n_layer": 2, "n_head": 4}),
+    ],
+)
+def test_families_give_the_greedy_answers_of_their_own_loop(
+    kind: str, changes: dict[str, Any], architecture: Callable[..., Any]
+) -> None:
+    model = architecture(kind, **changes)
+    prompts = [[3 + (7 * n + k) % 60 for k in range(1 + n % 9)] for n in range(12)]
+    found = generation.generate(model, prompts, settings(), max_length=64, eos_id=2, pad_id=0, seed=1)
+    for prompt, response in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=20,
+            pad_token_id=0,
+            eos_token_id=2,
+        )
+        assert list(response.ids) == out[0, len(prompt) :].tolist()
 
 
 def test_a_low_temperature_and_a_low_top_p_come_close_to_greedy(generate: Generate) -> None:

@@ -5,12 +5,14 @@ Keys and values of a prompt are computed once, however many responses it has, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -19,7 +21,8 @@ from tpaw_core.packing import Layout
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NAME = "tpaw_packed"
+NAME, FLEX = "tpaw_packed", "tpaw_packed_flex"
+T = TypeVar("T")
 
 
 class _Place(torch.autograd.Function):
@@ -98,9 +101,70 @@ def attend(
         if longest:
             q, *own = in_response
             k, v = (torch.cat([_Spread.apply(p, layout.owner), o], 2) for p, o in zip((k, v), own, strict=True))
-            heard = scaled_dot_product_attention(q, k, v, attn_mask=layout.mask.to(q.dtype), **options)
+            mask = _once(_mask, layout).to(q.dtype)
+            heard = scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
             parts.append(_Take.apply(heard.transpose(1, 2).flatten(0, 1), layout.response_slots))
         return torch.cat(parts)[None].to(query.dtype), None
+
+
+def attend_flex(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    layout: Layout,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The same by FlexAttention: nothing is padded, and blocks in which no token sees another are skipped."""
+    flex = _compiled() if query.is_cuda else flex_attention
+    query, key, value = (x.to(value.dtype) for x in (query, key, value))
+    mask = _once(_block_mask, layout)
+    heard = flex(query, key, value, block_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    return heard.transpose(1, 2), None
+
+
+def _mask(layout: Layout) -> Tensor:
+    """[S, 1, R, P + R] 0 where a response may look, -inf elsewhere."""
+    _, widest, _, longest = layout.shape
+    columns = torch.arange(widest + longest, device=layout.owner.device)
+    in_prompt = columns < layout.prompts[layout.owner][:, None, None]
+    in_response = columns - widest <= columns[:longest, None]
+    seen = torch.where(columns < widest, in_prompt, in_response)
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None]
+
+
+def _block_mask(layout: Layout) -> BlockMask:
+    tree, branch = layout.tree, layout.branch
+
+    def sees(_: Tensor, __: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (tree[q] == tree[k]) & ((branch[k] < 0) | (branch[q] == branch[k])) & (k <= q)
+
+    make = _compiled_mask() if tree.is_cuda else create_block_mask
+    return make(sees, None, None, len(tree), len(tree), device=tree.device)
+
+
+@cache
+def _compiled() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+@cache
+def _compiled_mask() -> Any:
+    return torch.compile(create_block_mask, dynamic=True)
+
+
+_latest: dict[Any, tuple[Layout, Any]] = {}
+
+
+def _once(make: Callable[[Layout], T], layout: Layout) -> T:
+    """All layers of one pass share what is made for its layout."""
+    if make not in _latest or _latest[make][0] is not layout:
+        _latest[make] = (layout, make(layout))
+    made: T = _latest[make][1]
+    return made
 
 
 def _padded(x: Tensor, slots: Tensor, rows: int, width: int) -> Tensor:
@@ -110,17 +174,24 @@ def _padded(x: Tensor, slots: Tensor, rows: int, width: int) -> Tensor:
 
 
 AttentionInterface.register(NAME, attend)
+AttentionInterface.register(FLEX, attend_flex)
 
 
 @contextmanager
-def packed(model: PreTrainedModel) -> Iterator[None]:
+def packed(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
     """While this holds, ``model`` takes packed batches, and no others."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
         model.set_attn_implementation(before)
+        _latest.clear()
+
+
+def ways(model: PreTrainedModel) -> list[str]:
+    """The packed attentions to try on the model's device, the fastest first."""
+    return [FLEX, NAME] if model.device.type == "cuda" else [NAME]
 
 
 def why_not_packed(model: PreTrainedModel, longest: int) -> str | None:

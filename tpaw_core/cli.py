@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from tpaw_core import preload
 from tpaw_core.errors import TpawError
 
 app = typer.Typer(
@@ -28,6 +29,8 @@ Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an erro
 
 def main() -> None:
     """Run a command; an error is one message on stderr and exit status 1, with a traceback only where asked for."""
+    if (status := preload.ask("tpaw", sys.argv[1:])) is not None:
+        sys.exit(status)
     show = "--traceback" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--traceback"]
     try:
@@ -180,6 +183,12 @@ def status() -> None:
     for service in services.status():
         where = f", {service.url}, process {service.pid}" if service.pid else ""
         print(f"{service.name}: {service.state}{where}")
+
+
+@app.command("preload", hidden=True)
+def serve(address: str) -> None:
+    """Import what stages need, and fork for each command that asks at this socket."""
+    preload.serve(address)
 
 
 def _stage(name: str, iteration: int | None = None) -> None:

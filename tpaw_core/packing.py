@@ -26,7 +26,9 @@ class Layout(NamedTuple):
     prompt_slots: Tensor  # [prompt tokens] -> B * P
     response_slots: Tensor  # [response tokens] -> S * R
     owner: Tensor  # [S] -> B
-    mask: Tensor  # [S, 1, R, P + R] 0 where a response may look, -inf elsewhere
+    prompts: Tensor  # [B] tokens
+    tree: Tensor  # [tokens] -> B
+    branch: Tensor  # [tokens] -> S, -1 in a prompt
 
 
 class Pack(NamedTuple):
@@ -74,18 +76,14 @@ def pack(trees: Sequence[Tree]) -> Pack:
     source = prompts.sum() + np.cumsum(~first) - 1
     source[first] = (np.cumsum(prompts) - 1)[owner[sequence[first]]]
 
-    columns = np.arange(widest + longest)
-    seen = np.where(
-        columns < widest,
-        columns < prompts[owner][:, None, None],
-        columns - widest <= np.arange(longest)[:, None],
-    )
     layout = Layout(
         (len(trees), widest, len(whole), longest),
         torch.from_numpy(np.repeat(np.arange(len(trees)) * widest, prompts) + in_prompt),
         torch.from_numpy(np.repeat(np.arange(len(whole)) * longest, responses) + in_response),
         torch.from_numpy(owner),
-        torch.from_numpy(np.where(seen, np.float32(0), np.float32(-np.inf))[:, None]),
+        torch.from_numpy(prompts),
+        torch.from_numpy(np.concatenate([np.repeat(np.arange(len(trees)), prompts), np.repeat(owner, responses)])),
+        torch.from_numpy(np.concatenate([np.full(prompts.sum(), -1), np.repeat(np.arange(len(whole)), responses)])),
     )
     return Pack(
         {"input_ids": torch.from_numpy(ids)[None], "position_ids": torch.from_numpy(position)[None], "layout": layout},

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tpaw_core import attention, packing
 from tpaw_core.errors import TpawError
@@ -33,35 +34,61 @@ def packer(model: PreTrainedModel, trees: Iterable[Tree], pad_id: int) -> Iterat
     Raises TpawError where log-probabilities made from its hidden states are not those of its logits.
     """
     longest = max((len(p) + max(map(len, responses), default=0) for p, responses in trees), default=0)
-    if (reason := attention.why_not_packed(model, longest) or _disagreement(model, pad_id)) is not None:
+    expected = _checked(model, pad_id)
+    if (reason := attention.why_not_packed(model, longest)) is None:
+        name = next((way for way in attention.ways(model) if _agrees(model, way, expected)), "")
+        reason = None if name else "its attention does not allow it"
+    if reason is not None:
         print(f"{type(model).__name__}: prompts are not shared among responses, as {reason}", flush=True)
         yield lambda trees: packing.pad(trees, pad_id)
         return
-    with attention.packed(model):
+    with attention.packed(model, name):
         yield packing.pack
 
 
+PROBE: list[Tree] = [([1, 2, 3], [[4, 5, 6], [7, 8]]), ([9, 3], [[2, 5, 4, 8]])]
+
+
 @torch.no_grad()
-def _disagreement(model: PreTrainedModel, pad_id: int) -> str | None:
-    """Two small trees by the plain forward, by hidden states and packed; what is said where packed differs."""
-    trees: list[Tree] = [([1, 2, 3], [[4, 5, 6], [7, 8]]), ([9, 3], [[2, 5, 4, 8]])]
+def _checked(model: PreTrainedModel, pad_id: int) -> Tensor:
+    """The log-probabilities of PROBE by the plain forward, after a check that hidden states give the same."""
+    plain = packing.pad(PROBE, pad_id).to(model.device)
+    with _evaluating(model):
+        logits = model(**plain.inputs, use_cache=False).logits.flatten(0, 1)[plain.source].float()
+        by_hidden = response_logps(model, plain)
+    tokens = logits.log_softmax(-1).gather(-1, plain.target[:, None]).squeeze(-1)
+    expected = tokens.new_zeros(plain.responses).index_add(0, plain.sequence, tokens)
+    if not _near(model, by_hidden, expected):
+        raise TpawError(
+            f"{type(model).__name__}: its log-probabilities cannot be made from its hidden states "
+            f"({by_hidden.tolist()} where its logits give {expected.tolist()}); this model is not supported"
+        )
+    return expected
+
+
+@torch.no_grad()
+def _agrees(model: PreTrainedModel, name: str, expected: Tensor) -> bool:
+    """Whether PROBE gets the same log-probabilities with this attention."""
+    try:
+        with _evaluating(model), attention.packed(model, name):
+            found = response_logps(model, packing.pack(PROBE).to(model.device))
+    except RuntimeError as error:  # torch.compile's errors, where a kernel cannot be made
+        print(f"{type(model).__name__}: {name} is not used ({str(error).splitlines()[0]})", flush=True)
+        return False
+    return _near(model, found, expected)
+
+
+def _near(model: PreTrainedModel, found: Tensor, expected: Tensor) -> bool:
+    near = 1e-3 if model.dtype == torch.float32 else 5e-2
+    return torch.allclose(found, expected, rtol=near, atol=near)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        plain = packing.pad(trees, pad_id).to(model.device)
-        logits = model(**plain.inputs, use_cache=False).logits.flatten(0, 1)[plain.source].float()
-        tokens = logits.log_softmax(-1).gather(-1, plain.target[:, None]).squeeze(-1)
-        expected = tokens.new_zeros(plain.responses).index_add(0, plain.sequence, tokens)
-        near = 1e-3 if logits.dtype == model.dtype else 5e-2
-        by_hidden = response_logps(model, plain)
-        if not torch.allclose(by_hidden, expected, rtol=near, atol=near):
-            raise TpawError(
-                f"{type(model).__name__}: its log-probabilities cannot be made from its hidden states "
-                f"({by_hidden.tolist()} where its logits give {expected.tolist()}); this model is not supported"
-            )
-        with attention.packed(model):
-            found = response_logps(model, packing.pack(trees).to(model.device))
-        return None if torch.allclose(found, expected, rtol=near, atol=near) else "its attention does not allow it"
+        yield
     finally:
         model.train(training)
 

@@ -449,11 +449,12 @@ def _write_synthetic(
     answered = zip((row for row in rows if row.prompt_id in kept), responses, strict=True)
     with pq.ParquetWriter(path, schema) as file:
         while some := list(islice(answered, ROWS_AT_A_TIME)):
-            texts = tokenizer.batch_decode([r.ids for _, r in some], skip_special_tokens=True)
+            ids = [list(r.ids) for _, r in some]
+            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
             columns = zip(
                 *(
-                    (row.prompt_id, iteration, opponent, row.prompt, row.completion, text, r.ids, r.finish_reason)
-                    for (row, r), text in zip(some, texts, strict=True)
+                    (row.prompt_id, iteration, opponent, row.prompt, row.completion, text, own, r.finish_reason)
+                    for (row, r), text, own in zip(some, texts, ids, strict=True)
                 ),
                 strict=True,
             )

@@ -1,0 +1,119 @@
+"""A command that is forked from the preloaded process does what it does by itself, and never outlives who asked."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from filelock import FileLock
+
+from tpaw_core import preload
+
+TPAW = [str(Path(sys.executable).parent / "tpaw")]
+DVC = [sys.executable, "-m", "tpaw_core.preload", "dvc"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[bytes]]:
+    address = tmp_path_factory.mktemp("preload") / "socket"
+    process = subprocess.Popen([*TPAW, "preload", str(address)], stdin=subprocess.PIPE)
+    _until(address.exists)
+    os.environ[preload.ADDRESS] = str(address)
+    yield process
+    del os.environ[preload.ADDRESS]
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+def _until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _jobs(server: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return psutil.Process(server.pid).children(recursive=True)
+
+
+def _run(*command: str, folder: Path, alone: bool = False) -> tuple[int, str, str]:
+    environment = {name: value for name, value in os.environ.items() if not (alone and name == preload.ADDRESS)}
+    environment["PATH"] = f"{Path(TPAW[0]).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["no-such-command"], ["train", "-t", "1"], ["--help"]])
+def test_output_and_status_are_those_of_the_command_by_itself(
+    arguments: list[str], server: subprocess.Popen[bytes], workspace_folder: Path
+) -> None:
+    expected = _run(*TPAW, *arguments, folder=workspace_folder, alone=True)
+    assert _run(*TPAW, *arguments, folder=workspace_folder) == expected
+    assert expected[1] or expected[2]
+
+
+def test_dvc_runs_there_too_and_its_commands_after_it(server: subprocess.Popen[bytes], workspace_folder: Path) -> None:
+    (workspace_folder / "dvc.yaml").write_text("stages: {a: {cmd: 'tpaw status > out', outs: [out]}}")
+    assert _run(*DVC, "init", "--no-scm", "-q", folder=workspace_folder)[0] == 0
+    status, said, _ = _run(*DVC, "repro", folder=workspace_folder)
+    assert status == 0
+    assert "Running stage 'a'" in said
+    assert "worker: stopped" in (workspace_folder / "out").read_text()
+    (workspace_folder / "dvc.yaml").write_text("stages: {a: {cmd: 'tpaw train -t 1', outs: [out]}}")
+    status, said, errors = _run(*DVC, "repro", folder=workspace_folder)
+    assert status == 255
+    assert "error: params.yaml: no such file" in errors
+    assert "exited with 1" in errors
+
+
+def test_a_command_ends_with_who_asked_for_it(server: subprocess.Popen[bytes], workspace_folder: Path) -> None:
+    (workspace_folder / ".tpaw").mkdir()
+    (workspace_folder / "params.yaml").write_bytes((Path(__file__).parents[1] / "params.yaml").read_bytes())
+    with FileLock(workspace_folder / ".tpaw" / "lock"):
+        for kind in (signal.SIGKILL, signal.SIGTERM):
+            asking = subprocess.Popen([*TPAW, "sft"], cwd=workspace_folder, stdout=subprocess.PIPE, text=True)
+            assert asking.stdout is not None
+            assert asking.stdout.readline() == "sft: waiting for another stage in this workspace\n"
+            assert len(_jobs(server)) == 2
+            asking.send_signal(kind)
+            asking.wait()
+            _until(lambda: not _jobs(server))
+
+
+def test_a_command_that_is_killed_ends_as_a_shell_says_it(
+    server: subprocess.Popen[bytes], workspace_folder: Path
+) -> None:
+    (workspace_folder / ".tpaw").mkdir()
+    (workspace_folder / "params.yaml").write_bytes((Path(__file__).parents[1] / "params.yaml").read_bytes())
+    with FileLock(workspace_folder / ".tpaw" / "lock"):
+        asking = subprocess.Popen([*TPAW, "sft"], cwd=workspace_folder, stdout=subprocess.PIPE, text=True)
+        assert asking.stdout is not None
+        asking.stdout.readline()
+        attending, job = sorted(_jobs(server), key=lambda process: process.ppid() != server.pid)
+        assert job.ppid() == attending.pid
+        job.kill()
+        assert asking.wait() == 137
+
+
+def test_where_nobody_listens_a_command_runs_by_itself(workspace_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(preload.ADDRESS, str(workspace_folder / "nobody"))
+    assert preload.ask("tpaw", ["status"]) is None
+    assert "worker: stopped" in _run(*TPAW, "status", folder=workspace_folder)[1]
+    assert _run(*DVC, "version", folder=workspace_folder)[0] == 0
+
+
+def test_it_ends_when_whoever_started_it_is_gone(workspace_folder: Path) -> None:
+    code = (
+        "import subprocess, sys; "
+        "p = subprocess.Popen([sys.argv[1], 'preload', 'socket'], stdin=subprocess.PIPE); print(p.pid, flush=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *TPAW], cwd=workspace_folder, capture_output=True, text=True)
+    started = int(done.stdout)
+    _until(lambda: not psutil.pid_exists(started) or psutil.Process(started).status() == psutil.STATUS_ZOMBIE)
