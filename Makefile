@@ -4,7 +4,7 @@ BIN := .venv/bin
 SEED ?= 42
 export PREFECT_API_URL ?= http://127.0.0.1:$(or $(TPAW_PREFECT_PORT),4200)/api
 
-.PHONY: demo test test-vllm lint up down vllm install
+.PHONY: demo test test-vllm bench lint up down vllm install
 
 demo: up  ## SFT and four iterations on a small model, through Prefect, DVC and MLflow; then the table
 	@tail -n 0 -F .tpaw/logs/worker.log & log=$$!; trap "kill $$log" EXIT; \
@@ -17,6 +17,9 @@ test: install  ## all tests but the one that needs vllm
 
 test-vllm: install vllm  ## the vllm backend against the transformers backend
 	$(BIN)/pytest -m vllm
+
+bench: install  ## every benchmark, ours against its peer; `make demo` must have run
+	$(BIN)/python -m bench
 
 lint: install  ## formatter, linter, type checker
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

@@ -12,26 +12,39 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bench.rows import SHAPES
+from bench.rows import DEVICE, SHAPES
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "trl", "accelerate")
+PEERS = {
+    "trl": "TRL DPOTrainer",
+    "pairs": "padded pairs, stored references",
+    "live": "padded pairs, references scored in each step",
+}
 
 Side = Callable[[argparse.Namespace], dict[str, float]]
 
 
 def processor() -> str:
+    if DEVICE == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
     return f"{', '.join(sorted(names)) or platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
-def peak_memory() -> float:
-    """The most this process has held in main memory, in GB."""
+def peak_memory(device: str = "cpu") -> float:
+    """The most that this process has held, in GB: of main memory, or of the accelerator's."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
@@ -59,6 +72,16 @@ def measure(arguments: argparse.Namespace, side: str, **changes: Any) -> dict[st
     return figures
 
 
+def in_turn(arguments: argparse.Namespace, sides: Mapping[str, Mapping[str, Any]]) -> dict[str, list[dict[str, float]]]:
+    """Every side, each with its changes of the arguments, as often as asked for; one after the other, then again."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for _ in range(arguments.repeats):
+        for name, changes in sides.items():
+            figures = measure(arguments, **{"side": name, **changes})
+            found[name].append(figures)
+    return found
+
+
 def report(name: str, unit: str, ours: list[float], peer: list[float], *, peer_name: str, **more: Any) -> None:
     """Ratios of ours to the peer, pair by pair: printed, and written to bench/results/<name>.json."""
     ratios = [a / b for a, b in zip(ours, peer, strict=True)]
@@ -70,17 +93,30 @@ def report(name: str, unit: str, ours: list[float], peer: list[float], *, peer_n
         "ours": statistics.median(ours),
         "peer": statistics.median(peer),
         "ratio": spread,
-        **more,
-        "versions": {package: version(package) for package in PACKAGES},
-        "processor": processor(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write(figures, **more)
     print(
         f"{name}: ours {figures['ours']:.3g}, {peer_name} {figures['peer']:.3g} {unit}, "
         f"ratio {spread['median']:.2f} (min {spread['min']:.2f}, max {spread['max']:.2f})",
         flush=True,
     )
+
+
+def write(figures: Mapping[str, Any], **more: Any) -> None:
+    """bench/results/<name>.json, with what it was measured on."""
+    known = {**figures, **more, "versions": _versions(), "processor": processor()}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{figures['name']}.json").write_text(json.dumps(known, indent=2) + "\n")
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def add_shape(parser: argparse.ArgumentParser) -> None:
@@ -89,14 +125,11 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--team", type=int, default=3)
 
 
-def against_trl(arguments: argparse.Namespace, what: str) -> None:
-    """Both sides in turn; two results, one of triplets a second and one of peak memory."""
-    found: dict[str, list[dict[str, float]]] = {"ours": [], "trl": []}
-    for _ in range(arguments.repeats):
-        for side, figures in found.items():
-            figures.append(measure(arguments, side))
-    shape = {"shape": asdict(SHAPES[arguments.shape]), "team": arguments.team}
+def against(arguments: argparse.Namespace, what: str) -> None:
+    """Ours and the peer in turn; two results, one of triplets a second and one of peak memory."""
+    found = in_turn(arguments, {"ours": {}, arguments.peer: {}})
+    more = {"shape": asdict(SHAPES[arguments.shape]), "team": arguments.team}
     for measured, suffix, unit in (("triplets_per_second", "", "triplets/s"), ("memory", "-memory", "GB")):
         ours, peer = ([figures[measured] for figures in side] for side in found.values())
-        name = f"{what}-{arguments.shape}-{arguments.dtype}{suffix}"
-        report(name, unit, ours, peer, peer_name="TRL DPOTrainer", **shape)
+        name = f"{what}-{arguments.shape}-{arguments.dtype}-{arguments.peer}{suffix}"
+        report(name, unit, ours, peer, peer_name=PEERS[arguments.peer], **more)

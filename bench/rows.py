@@ -20,18 +20,22 @@ class Shape:
     hidden_size: int
     intermediate_size: int
     layers: int
+    heads: int
+    kv_heads: int
     prompts: int  # in an optimiser step
     steps: int  # that are measured
     peer_batch: int  # pairs that the peer takes at a time: the fastest of 4, 8, 16, 32 where it was measured
 
 
 SHAPES = {
-    "long": Shape(100, 100, 32000, 256, 768, 4, 16, 2, 8),  # a 12M-parameter model
-    "short": Shape(25, 20, 512, 128, 384, 3, 32, 20, 32),  # the demo's
-    "wide": Shape(100, 100, 8192, 512, 1536, 4, 16, 2, 8),
-    "answers": Shape(60, 250, 32000, 256, 768, 4, 8, 2, 4),
-    "prompts": Shape(300, 40, 32000, 256, 768, 4, 8, 2, 4),
+    "long": Shape(100, 100, 32000, 256, 768, 4, 8, 8, 16, 2, 8),  # a 12M-parameter model
+    "short": Shape(25, 20, 512, 128, 384, 3, 4, 4, 32, 20, 32),  # the demo's
+    "wide": Shape(100, 100, 8192, 512, 1536, 4, 16, 16, 16, 2, 8),
+    "answers": Shape(60, 250, 32000, 256, 768, 4, 8, 8, 8, 2, 4),
+    "prompts": Shape(300, 40, 32000, 256, 768, 4, 8, 8, 8, 2, 4),
+    "qwen2.5-1.5b": Shape(256, 256, 151936, 1536, 8960, 28, 12, 2, 16, 3, 4),  # for an accelerator
 }
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def model(shape: Shape, seed: int = 0) -> Any:
@@ -41,14 +45,15 @@ def model(shape: Shape, seed: int = 0) -> Any:
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         num_hidden_layers=shape.layers,
-        num_attention_heads=shape.hidden_size // 32,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
         max_position_embeddings=2 * (shape.prompt + shape.response),
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
     )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(config).to(DEVICE)
 
 
 def groups(shape: Shape, team: int, seed: int = 0) -> list[tuple[list[int], list[list[int]]]]:

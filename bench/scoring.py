@@ -1,4 +1,7 @@
-"""Scoring, triplets a second: every response of a team's prompts, against TRL's computation of reference log-probs."""
+"""Scoring, triplets a second: every response of a team's prompts, against TRL's computation of reference log-probs.
+
+--peer pairs: the same without TRL.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import argparse
 import tempfile
 import time
 
-from bench import peer, ratio
-from bench.rows import SHAPES, groups, model
+from bench import ratio
+from bench.rows import DEVICE, SHAPES, groups, model
 
 
 def ours(arguments: argparse.Namespace) -> dict[str, float]:
@@ -23,6 +26,8 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def trl(arguments: argparse.Namespace) -> dict[str, float]:
+    from bench import peer
+
     shape = SHAPES[arguments.shape]
     pairs = peer.pairs(shape, arguments.team)
     with tempfile.TemporaryDirectory() as state:
@@ -33,16 +38,38 @@ def trl(arguments: argparse.Namespace) -> dict[str, float]:
         return _figures(arguments, started)
 
 
+def pairs(arguments: argparse.Namespace) -> dict[str, float]:
+    import torch
+
+    from bench import plain
+
+    shape = SHAPES[arguments.shape]
+    rows = [
+        (prompt, ids)
+        for prompt, (chosen, *responses) in groups(shape, arguments.team)
+        for rejected in responses
+        for ids in (chosen, rejected)
+    ]
+    frozen = model(shape)
+    with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16, enabled=arguments.dtype == "bf16"):
+        plain.logps(frozen, rows[:4])
+        started = time.perf_counter()
+        for start in range(0, len(rows), 2 * shape.peer_batch):
+            plain.logps(frozen, rows[start : start + 2 * shape.peer_batch]).tolist()
+        return _figures(arguments, started)
+
+
 def _figures(arguments: argparse.Namespace, started: float) -> dict[str, float]:
     triplets = SHAPES[arguments.shape].prompts * arguments.team
-    return {"triplets_per_second": triplets / (time.perf_counter() - started), "memory": ratio.peak_memory()}
+    return {"triplets_per_second": triplets / (time.perf_counter() - started), "memory": ratio.peak_memory(DEVICE)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ratio.add_shape(parser)
-    if (arguments := ratio.run("bench.scoring", {"ours": ours, "trl": trl}, parser)) is not None:
-        ratio.against_trl(arguments, "scoring")
+    parser.add_argument("--peer", choices=["trl", "pairs"], default="trl")
+    if arguments := ratio.run("bench.scoring", {"ours": ours, "trl": trl, "pairs": pairs}, parser):
+        ratio.against(arguments, "scoring")
 
 
 if __name__ == "__main__":

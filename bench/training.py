@@ -1,5 +1,6 @@
-"""Training, triplets a second and peak memory: ours against TRL's DPOTrainer with precomputed references.
+"""Training, triplets a second and peak memory: ours against TRL's DPOTrainer, or against the plain way.
 
+--peer trl: DPOTrainer with precomputed references. pairs: the same without TRL. live: references scored in each step.
 A step takes the same rows on both sides, a triplet here is a pair there. The first step is not counted.
 """
 
@@ -9,16 +10,17 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from bench import peer, ratio
-from bench.rows import SHAPES, groups, model
+from bench import ratio
+from bench.rows import DEVICE, SHAPES, groups, model
 
 LAMBDA, ETA = 0.1, 6.0
 
 
 def ours(arguments: argparse.Namespace) -> dict[str, float]:
-    from tpaw_core import config, training
+    from tpaw_core import training
 
     shape = SHAPES[arguments.shape]
     k = arguments.team
@@ -26,11 +28,19 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
         training.Group(prompt, chosen, rejected, [-50.0] * k, [[-60.0] * k] * k, [[1 / k] * k] * k)
         for prompt, (chosen, *rejected) in groups(shape, k)
     ]
-    settings = config.Optimisation(
+    settings: Any = SimpleNamespace(  # config.Optimisation's fields, where its packages are missing
         learning_rate=1e-5,
         num_train_epochs=1 + shape.steps,
         per_device_train_batch_size=len(rows),
+        gradient_accumulation_steps=1,
+        max_tokens=4096,
+        optim="adamw_torch",
+        weight_decay=0.0,
+        lr_scheduler_type="linear",
+        warmup_ratio=0.0,
+        max_grad_norm=1.0,
         bf16=arguments.dtype == "bf16",
+        activation_checkpointing=False,
         logging_steps=1 + shape.steps,
         save_steps=1000 * (1 + shape.steps),
     )
@@ -39,7 +49,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
         training.self_play(
             model(shape),
             rows,
-            config.Objective(**{"lambda": LAMBDA, "eta": ETA}),
+            SimpleNamespace(lambda_=LAMBDA, eta=ETA),  # type: ignore[arg-type]
             settings,
             pad_id=0,
             seed=0,
@@ -51,6 +61,8 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
 
 def trl(arguments: argparse.Namespace) -> dict[str, float]:
     from transformers import TrainerCallback
+
+    from bench import peer
 
     shape = SHAPES[arguments.shape]
     pairs = peer.pairs(shape, arguments.team)
@@ -79,15 +91,24 @@ def trl(arguments: argparse.Namespace) -> dict[str, float]:
     return _figures(times, len(pairs) * shape.steps)
 
 
+def plain(arguments: argparse.Namespace) -> dict[str, float]:
+    from bench import plain
+
+    shape, live = SHAPES[arguments.shape], arguments.side == "live"
+    times = plain.train(shape, arguments.team, bf16=arguments.dtype == "bf16", live=live, scale=LAMBDA, eta=ETA)
+    return _figures(times, shape.prompts * arguments.team * shape.steps)
+
+
 def _figures(times: list[float], triplets: int) -> dict[str, float]:
-    return {"triplets_per_second": triplets / (times[-1] - times[0]), "memory": ratio.peak_memory()}
+    return {"triplets_per_second": triplets / (times[-1] - times[0]), "memory": ratio.peak_memory(DEVICE)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ratio.add_shape(parser)
-    if (arguments := ratio.run("bench.training", {"ours": ours, "trl": trl}, parser)) is not None:
-        ratio.against_trl(arguments, "training")
+    parser.add_argument("--peer", choices=["trl", "pairs", "live"], default="trl")
+    if arguments := ratio.run("bench.training", {"ours": ours, "trl": trl, "pairs": plain, "live": plain}, parser):
+        ratio.against(arguments, "training")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -160,8 +161,8 @@ def test_mlflow_holds_one_parent_a_child_an_iteration_and_a_version_a_checkpoint
 def test_no_pair_is_scored_twice_over_the_iterations(made: Workspace) -> None:
     keys = [
         (file.parent.parent.name, key)
-        for file in (made.folder / ".tpaw" / "scores").glob("*/*/*.parquet")
-        for key in pq.read_table(file)["key"].to_pylist()
+        for file in (made.folder / ".tpaw" / "scores").glob("*/*/*.npy")
+        for key in np.load(file)["key"].tolist()
     ]
     assert len(keys) == len(set(keys)) > 0
     client = made.client()
@@ -187,6 +188,65 @@ def test_stages_run_again_give_the_same_digests(made: Workspace) -> None:
     for stage in stages:
         assert "Running stage" in made.run("dvc", "repro", "--force", "--single-item", stage).stdout
     assert made.lock() == before
+
+
+def _log(made: Workspace, iteration: int) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (made.folder / "training" / f"{iteration}.jsonl").read_text().splitlines()]
+
+
+# What is changed before the command line runs, by the name of the two things that must agree.
+EQUIVALENT = {
+    "shared and plain rows": "from tpaw_core import attention; attention.why_not_packed = lambda *_: 'a test says so'",
+    "chunked and whole log-probs": (
+        "from tpaw_core import logps; "
+        "logps.token_logps = lambda h, w, t, bias, scale, cap: (h @ w.T).float().log_softmax(-1)[range(len(t)), t]"
+    ),
+    "one part and many": "from tpaw_core import training; training.by_tokens = lambda rows, *_: [[r] for r in rows]",
+    "micro-batches of 1 and of 8": None,
+}
+
+
+@pytest.mark.parametrize("what", EQUIVALENT)
+def test_training_by_the_command_line_has_the_same_loss_and_gradient(made: Workspace, what: str) -> None:
+    """The first step's numbers before anything was rounded differently, and the last step's loosely."""
+    path = made.folder / "params.yaml"
+    before, outputs = path.read_text(), ("checkpoints/2", "training/2.jsonl")
+    steps = ["training.save_steps=1", "training.logging_steps=1", "training.max_grad_norm=0"]
+    try:
+        made.run("tpaw", "use", *steps, "training.per_device_train_batch_size=8")
+        made.run("tpaw", "train", "-t", "2")
+        expected = _log(made, 2)
+        if (change := EQUIVALENT[what]) is None:
+            accumulated = ["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=8"]
+            made.run("tpaw", "use", *steps, *accumulated)
+            made.run("tpaw", "train", "-t", "2")
+        else:
+            shutil.rmtree(made.folder / ".tpaw" / "training", ignore_errors=True)
+            made.run(sys.executable, "-c", f"{change}; from tpaw_core.cli import main; main()", "train", "-t", "2")
+        found = _log(made, 2)
+    finally:
+        path.write_text(before)
+        made.run("dvc", "checkout", "--force", "--quiet", *outputs)
+    assert [entry["step"] for entry in found] == [entry["step"] for entry in expected] == list(range(1, 7))
+    for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected", "weights/target_active"):
+        assert found[0][name] == pytest.approx(expected[0][name], rel=1e-5), name
+        assert found[-1][name] == pytest.approx(expected[-1][name], rel=1e-2), name
+
+
+def test_stored_scores_are_those_that_are_computed_now(made: Workspace) -> None:
+    stored = pq.read_table(made.folder / "weights" / "2.parquet").to_pydict()
+    kept = made.folder / ".tpaw" / "scores"
+    kept.rename(kept.with_name("aside"))
+    try:
+        assert "(row, player) pairs" in made.run("tpaw", "weights", "-t", "2").stdout
+        live = pq.read_table(made.folder / "weights" / "2.parquet").to_pydict()
+    finally:
+        shutil.rmtree(kept)
+        kept.with_name("aside").rename(kept)
+        made.run("dvc", "checkout", "--force", "--quiet", "weights/2.parquet")
+    assert live["prompt_id"] == stored["prompt_id"]
+    for name in ("players_chosen", "players_rejected", "beta"):
+        np.testing.assert_allclose(live[name], stored[name], rtol=1e-5)
 
 
 def test_a_killed_training_goes_on_from_its_last_state_and_ends_in_the_same_bytes(made: Workspace) -> None:
@@ -246,16 +306,22 @@ def test_a_killed_flow_leaves_no_process_and_the_next_one_does_what_it_was_asked
         stdout=subprocess.DEVNULL,
     )
     engine = _wait_for("prefect.engine", made.folder)
-    stage = _wait_for("train", made.folder)
+    started = engine.children(recursive=True)
+    while not any("train" in process.cmdline() for process in started):
+        time.sleep(0.05)
+        started = engine.children(recursive=True)
     engine.send_signal(signal.SIGKILL)
     assert watching.wait() == 1
-    psutil.wait_procs([stage], timeout=20)
-    assert not stage.is_running()
+    assert len(started) >= 4, "dvc, the stage, and the processes that run them"
+    assert psutil.wait_procs(started, timeout=20)[1] == []
     made.flow(*asked[1::2])
     assert made.params()["objective"]["eta"] == 4
     assert made.lock()["generate@1"] == before["generate@1"]
     assert made.digest(1) != digest
     assert "train@2" in made.stale(), "the second iteration was not asked for"
+    changed = made.digest(1)
+    made.run("tpaw", "train", "-t", "1")
+    assert made.digest(1) == changed, "a flow's forked stages and the command by itself make the same bytes"
 
 
 def _wait_for(word: str, folder: Path) -> psutil.Process:

@@ -26,12 +26,13 @@ T = TypeVar("T")
 
 
 class _Place(torch.autograd.Function):
-    """Rows of ``x`` to ``slots`` of a larger tensor of zeros; index_add in its place is several times slower."""
+    """Rows of ``x`` to ``slots`` of a larger tensor, whose other rows hold anything finite and get no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slots: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(slots)
-        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, slots, x)
+        source = slots.new_zeros(size).index_copy_(0, slots, torch.arange(len(slots), device=slots.device))
+        return x.index_select(0, source)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -168,7 +169,7 @@ def _once(make: Callable[[Layout], T], layout: Layout) -> T:
 
 
 def _padded(x: Tensor, slots: Tensor, rows: int, width: int) -> Tensor:
-    """[tokens, heads, head_dim] to [rows, heads, width, head_dim], zeros where no token lies."""
+    """[tokens, heads, head_dim] to [rows, heads, width, head_dim]; what no token fills is never looked at."""
     placed: Tensor = _Place.apply(x, slots, rows * width)
     return placed.view(rows, width, *x.shape[1:]).transpose(1, 2)
 

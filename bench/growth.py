@@ -1,0 +1,140 @@
+"""How seconds and memory grow: with rows through data, store and weights, and with the size of the team in training.
+
+Rows: the stages `data`, `weights` and the reading of `train` on the demo's corpus, iteration 3, with scores by a
+formula: a model's own time and memory are `bench.scoring`. Memory is what a process needs beyond its imports.
+Team: a training step at the shape, seconds a triplet and peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench import ratio, training
+from bench.rows import SHAPES
+
+COUNTS = (1_000, 10_000, 100_000)
+TEAMS = (1, 2, 3, 5)
+MEMBERS = 3
+
+
+def rows(arguments: argparse.Namespace) -> dict[str, float]:
+    import pyarrow.parquet as pq
+
+    from tpaw_core import checkpoint, config, data, scoring, scratch, stages, template, training, workspace  # noqa: F401
+    from tpaw_core.generation import Response
+    from tpaw_core.registry import Registry  # noqa: F401
+
+    params = config.load(Path("recipes/demo.yaml"))
+    params = params.model_copy(
+        update={"data": params.data.model_copy(update={"max_train_rows": arguments.rows, "max_heldout_rows": 100})}
+    )
+    here = os.getcwd()
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        texts = ["".join(map(chr, range(32, 127)))]
+        assert params.model.scratch is not None
+        tokenizer = scratch.tokenizer(texts, params.model.scratch, 1000)
+        model = scratch.model(params.model.scratch, tokenizer, max_length=160, seed=0)
+        for number in range(MEMBERS):
+            at = workspace.checkpoint(number)
+            at.mkdir(parents=True)
+            model.save_pretrained(at)
+            tokenizer.save_pretrained(at)
+            (at / "number").write_text(str(number))
+            checkpoint.seal(at, iteration=number, parent=None, params="0" * 64)
+        stages._registry = lambda params: None  # type: ignore[assignment]
+        scoring.batches = (
+            lambda model, pairs, **_: (  # type: ignore[assignment]
+                (range(i, min(i + 256, len(pairs))), [-0.5 * len(r) for _, r in pairs[i : i + 256]])
+                for i in range(0, len(pairs), 256)
+            )
+        )
+        before = ratio.peak_memory()
+
+        started = time.perf_counter()
+        data.prepare(params.data, params.seed)
+        seconds["data"] = time.perf_counter() - started
+
+        started = time.perf_counter()
+        encoded = stages._encoded(params, tokenizer)
+        seconds["encode"] = time.perf_counter() - started
+
+        draw = random.Random(0)
+        started = time.perf_counter()
+        members = []
+        for number in range(MEMBERS):
+            path = workspace.synthetic(number + 1)
+            path.parent.mkdir(exist_ok=True)
+            answers = [
+                Response([draw.randrange(3, 300) for _ in range(draw.randint(10, 30))], "stop") for _ in encoded.prompts
+            ]
+            stages._write_synthetic(path, number + 1, "0" * 64, stages._playing(params), encoded, answers, tokenizer)
+            digest = checkpoint.manifest(workspace.checkpoint(number))["digest"]
+            members.append(
+                stages.Member(
+                    iteration=number,
+                    version=1,
+                    digest=digest,
+                    checkpoint=workspace.checkpoint(number).as_posix(),
+                    synthetic=path.as_posix(),
+                    synthetic_sha256=workspace.sha256(path),
+                )
+            )
+        seconds["synthetic"] = (time.perf_counter() - started) / MEMBERS
+        del answers, encoded
+        workspace.team(3).parent.mkdir()
+        workspace.team(3).write_text(json.dumps({"iteration": 3, "policy": "latest", "members": members[::-1]}))
+
+        started = time.perf_counter()
+        stages.weigh(params, 3)
+        seconds["weights"] = time.perf_counter() - started
+        started = time.perf_counter()
+        stages.weigh(params, 3)
+        seconds["weights, all known"] = time.perf_counter() - started
+        assert pq.read_metadata(workspace.weights(3)).num_rows == MEMBERS * arguments.rows
+        os.chdir(here)
+    return {**seconds, "memory": ratio.peak_memory() - before}
+
+
+def team(arguments: argparse.Namespace) -> dict[str, float]:
+    return training.ours(arguments)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ratio.add_shape(parser)
+    parser.add_argument("--rows", type=int, default=0)
+    if not (arguments := ratio.run("bench.growth", {"rows": rows, "team": team}, parser)):
+        return
+    sides = {f"{count} rows": {"side": "rows", "rows": count} for count in COUNTS}
+    sides |= {f"team of {size}": {"side": "team", "team": size} for size in TEAMS}
+    found = ratio.in_turn(arguments, sides)
+    middle = {
+        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()
+    }
+    one = middle["team of 1"]
+    growth: dict[str, Any] = {
+        f"{name} to team of 1": {
+            "seconds a triplet": one["triplets_per_second"] / figures["triplets_per_second"],
+            "memory": figures["memory"] / one["memory"],
+        }
+        for name, figures in middle.items()
+        if name.startswith("team")
+    }
+    name = f"growth-{arguments.shape}-{arguments.dtype}"
+    ratio.write({"name": name, "figures": middle, "ratio": growth}, shape=SHAPES[arguments.shape].__dict__)
+    for what, figures in {**middle, **growth}.items():
+        print(f"{what}: " + ", ".join(f"{key} {value:.3g}" for key, value in figures.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The third iteration of a finished demo once more: answers, references of a team of three, training for one epoch.
+
+Ours: the engine, with the score store as iteration 2 left it. The peer: transformers' padded loop, then TRL's
+DPOTrainer, whose references each of the three checkpoints computes on all pairs; one of them serves the training, as
+DPOTrainer takes no more. Both train for the same number of steps. Models and rows are in memory; evaluation, which
+is the same, is not measured. Run `make demo` first; --prompts of its rows are taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from bench import ratio
+from bench.rows import DEVICE, SHAPES
+
+LAMBDA, ETA, GAMMA, BATCH = 0.1, 6.0, 0.5, 32
+MOST, SAMPLING_BATCH = 40, 500  # new tokens, and prompts at a time: the demo's
+
+
+class Start(NamedTuple):
+    """What iteration 3 finds: rows, the answers of opponents 1 and 0, and checkpoints 2, 1 and 0."""
+
+    tokenizer: Any
+    prompts: list[list[int]]
+    targets: list[list[int]]
+    older: list[list[list[int]]]
+    players: list[Any]
+
+
+def start(arguments: argparse.Namespace) -> Start:
+    import pyarrow.parquet as pq
+
+    from tpaw_core import checkpoint, data, template
+
+    folder = Path(arguments.workspace)
+    if not (folder / "checkpoints" / "2").exists():
+        raise SystemExit(f"{folder}: no finished demo here; run `make demo` first, or give --workspace")
+    tokenizer = checkpoint.load_tokenizer(folder / "checkpoints" / "2")
+    rows = islice(data.read(folder / "data" / "train.jsonl"), arguments.prompts)
+    encoded = template.encode(rows, tokenizer, max_length=160, max_skipped=0, name="rows")
+    older = []
+    for opponent in (1, 0):
+        table = pq.read_table(folder / "synthetic" / f"{opponent + 1}.parquet").to_pydict()
+        answers = dict(zip(table["prompt_id"], table["rejected_ids"], strict=True))
+        older.append([answers[name] for name in encoded.row_ids])
+    players = [checkpoint.load_model(folder / "checkpoints" / str(number)) for number in (2, 1, 0)]
+    return Start(tokenizer, [*map(list, encoded.prompts)], [*map(list, encoded.chosen)], older, players)
+
+
+def ours(arguments: argparse.Namespace) -> dict[str, float]:
+    from tpaw_core import generation, scoring, training
+    from tpaw_core.ragged import Ragged
+    from tpaw_core.score_store import ScoreStore, keys
+    from tpaw_core.weights import player_weights
+
+    tokenizer, prompts, targets, older, players = start(arguments)
+    bf16, pad_id = arguments.dtype == "bf16", tokenizer.pad_token_id
+    settings: Any = SimpleNamespace(
+        learning_rate=3e-4, num_train_epochs=1, per_device_train_batch_size=BATCH, gradient_accumulation_steps=1,
+        max_tokens=4096, optim="adamw_torch", weight_decay=0.0, lr_scheduler_type="linear", warmup_ratio=0.1,
+        max_grad_norm=1.0, bf16=bf16, activation_checkpointing=False, logging_steps=10, save_steps=20,
+    )  # fmt: skip
+    sampling: Any = SimpleNamespace(max_new_tokens=MOST, temperature=1.0, top_p=1.0, batch_size=SAMPLING_BATCH)
+    known = [(p, ids) for rows in (targets, *older) for p, ids in zip(prompts, rows, strict=True)]
+    with tempfile.TemporaryDirectory() as folder:
+
+        def stores() -> list[ScoreStore]:
+            return [ScoreStore(Path(folder), str(number), "scores") for number in range(len(players))]
+
+        for store, player in list(zip(stores(), players, strict=True))[1:]:
+            store.scores(known, lambda some, by=player: scoring.batches(by, some, pad_id=pad_id, bf16=bf16))
+        started = time.perf_counter()
+        limits: Any = {"max_length": 160, "eos_id": tokenizer.eos_token_id, "pad_id": pad_id, "seed": 1}
+        answers = [response.ids for response in generation.generate(players[0], prompts, sampling, **limits)]
+        pairs = known[: len(prompts)] + list(zip(prompts, answers, strict=True)) + known[len(prompts) :]
+        named = keys(pairs)
+        table, new = [], 0
+        for store, player in zip(stores(), players, strict=True):
+            values, count = store.scores(
+                pairs, lambda some, by=player: scoring.batches(by, some, pad_id=pad_id, bf16=bf16), named
+            )
+            table.append(values)
+            new += count
+        scores = np.array(table).T
+        chosen, rejected = np.tile(scores[: len(prompts)], (3, 1)), scores[len(prompts) :]
+        beta = player_weights(chosen, rejected, gamma=GAMMA, scale=LAMBDA)
+        cube = (3, len(prompts), 3)
+        training.self_play(
+            players[0],
+            training.Groups(
+                Ragged(prompts),
+                Ragged(targets),
+                [Ragged(answers), *map(Ragged, older)],
+                scores[: len(prompts)],
+                rejected.reshape(cube),
+                beta.reshape(cube),
+            ),
+            SimpleNamespace(lambda_=LAMBDA, eta=ETA),  # type: ignore[arg-type]
+            settings,
+            pad_id=pad_id,
+            seed=0,
+            state=Path(folder, "state"),
+            on_log=lambda step, metrics: None,
+        )
+        seconds = time.perf_counter() - started
+    return {"seconds": seconds, "memory": ratio.peak_memory(DEVICE), "scored": new / len(prompts)}
+
+
+def trl(arguments: argparse.Namespace) -> dict[str, float]:
+    from datasets import Dataset
+
+    from bench import generation, peer
+
+    tokenizer, prompts, targets, older, players = start(arguments)
+    shape, bf16 = SHAPES["short"], arguments.dtype == "bf16"
+    started = time.perf_counter()
+    with torch.inference_mode():
+        answers = [
+            ids
+            for i in range(0, len(prompts), SAMPLING_BATCH)
+            for ids in generation.transformers_loop(
+                players[0], prompts[i : i + SAMPLING_BATCH], MOST, tokenizer.eos_token_id, tokenizer.pad_token_id
+            )
+        ]
+    pairs: Any = Dataset.from_list(
+        [
+            {"prompt_ids": p, "chosen_ids": y, "rejected_ids": g}
+            for opponent in (answers, *older)
+            for p, y, g in zip(prompts, targets, opponent, strict=True)
+        ]
+    )
+    with tempfile.TemporaryDirectory() as state:
+        for player in players[::-1]:
+            trainer = peer.trainer(
+                player, shape, state, bf16=bf16, beta=LAMBDA, learning_rate=3e-4, warmup_steps=0.1, num_train_epochs=1,
+                gradient_accumulation_steps=3 * BATCH // shape.peer_batch,
+            )  # fmt: skip
+            scored = trainer._precompute_ref_logps(pairs, "train", shape.peer_batch)
+        trainer.train_dataset = scored
+        trainer.train()
+    return {"seconds": time.perf_counter() - started, "memory": ratio.peak_memory(DEVICE)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workspace", default=".")
+    parser.add_argument("--dtype", choices=["float32", "bf16"], default="float32")
+    parser.add_argument("--prompts", type=int, default=1000)
+    if arguments := ratio.run("bench.iteration", {"ours": ours, "trl": trl}, parser):
+        found = ratio.in_turn(arguments, {"ours": {}, "trl": {}})
+        name, peer = f"iteration-demo-{arguments.dtype}", "transformers' loop and TRL DPOTrainer"
+        rates = [[1 / figures["seconds"] for figures in side] for side in found.values()]
+        scored = found["ours"][0]["scored"]
+        ratio.report(name, "iterations/s", *rates, peer_name=peer, pairs_scored_a_prompt={"ours": scored, "peer": 18})
+        memory = [[figures["memory"] for figures in side] for side in found.values()]
+        ratio.report(f"{name}-memory", "GB", *memory, peer_name=peer)
+
+
+if __name__ == "__main__":
+    main()
