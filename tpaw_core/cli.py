@@ -133,8 +133,10 @@ def evaluate(iteration: Annotated[int, typer.Option("--iteration", "-t", min=0, 
 @app.command()
 def report() -> None:
     """Write report/ from what was measured, and print its table."""
+    from tpaw_core import report as pages
+
     _stage("report")
-    table()
+    print(pages.table())
 
 
 @app.command()

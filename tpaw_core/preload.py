@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import socket
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ADDRESS = "TPAW_PRELOAD"
+PACKAGES = {"dvc": "dvc", "tpaw": "tpaw_core"}  # by the name of the command
 MODULES = (
     "dvc.cli", "dvc.commands.repro", "dvc.dependency", "dvc.fs", "dvc.repo.reproduce",
     "torch", "torch._dynamo", "transformers.trainer", "transformers.models.llama.modeling_llama",
@@ -71,7 +73,7 @@ def _attend(connection: socket.socket) -> None:
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
         sys.argv = request["arguments"]
-        os._exit(_run(*sys.argv))
+        os._exit(_run(sys.argv[0]))
     for stream in streams:
         os.close(stream)
     ended = os.pidfd_open(job)
@@ -82,15 +84,10 @@ def _attend(connection: socket.socket) -> None:
     connection.sendall(struct.pack("q", status))
 
 
-def _run(program: str, *arguments: str) -> int:
+def _run(program: str) -> int:
+    """`python -m PACKAGE` in this process, under sys.argv; its exit status."""
     try:
-        if program == "dvc":
-            from dvc.cli import main as dvc
-
-            return int(dvc(list(arguments)))
-        from tpaw_core.cli import main as tpaw
-
-        tpaw()
+        runpy.run_module(PACKAGES[program], run_name="__main__")
         return 0
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -125,5 +122,4 @@ if __name__ == "__main__":
     name, *words = sys.argv[1:]
     if (ended := ask(name, words)) is not None:
         sys.exit(ended)
-    package = {"tpaw": "tpaw_core"}.get(name, name)
-    os.execv(sys.executable, [sys.executable, "-m", package, *words])
+    os.execv(sys.executable, [sys.executable, "-m", PACKAGES[name], *words])
