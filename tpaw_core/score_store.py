@@ -1,8 +1,10 @@
 """The score store: what log-probability a frozen checkpoint gave a row; computed once, kept for ever.
 
 Keyed by (checkpoint digest, digest of the row's token ids, scoring settings): a path or a name is not an identity.
-A store is a folder of files that are added and never changed, each named by the digest of its bytes: a file is whole or
-it is noticed, and writers need no lock. They are mapped, not read, so a store may be larger than memory.
+In its last bits a score also depends on the rows it was computed with, so a file belongs to the requests that led to it,
+and what other requests left in the folder is not looked at: equal requests give equal bytes, whatever was run before.
+Files are added and never changed, each named by the digest of its bytes: a file is whole or it is noticed, and writers
+need no lock. They are mapped, not read, so a store may be larger than memory.
 """
 
 from __future__ import annotations
@@ -39,21 +41,26 @@ def keys(pairs: Sequence[Pair]) -> NDArray[np.bytes_]:
 
 
 class ScoreStore:
-    """Scores of one checkpoint under one setting."""
+    """Scores of one checkpoint under one setting, along one sequence of requests."""
 
     def __init__(self, root: Path, checkpoint_digest: str, settings: str) -> None:
-        self.folder = root / checkpoint_digest[:32] / settings
-        self._files = [_open(path) for path in sorted(self.folder.glob("*.npy"))]
+        self._root = root / checkpoint_digest[:32] / settings
+        self._requests = hashlib.sha256()
+        self._files: list[NDArray[np.void]] = []
 
     def scores(
         self, pairs: Sequence[Pair], score: Scorer, named: NDArray[np.bytes_] | None = None
     ) -> tuple[NDArray[np.float64], int]:
-        """The score of each pair, and how many were new.
+        """The score of each pair, and how many were new: in no earlier request, and never computed for this one.
 
         ``score`` is called with the distinct new pairs, if there are any, and gives (positions, scores) as it gets on.
         ``named`` is `keys(pairs)` where the caller has it.
         """
-        asked, first, where = np.unique(keys(pairs) if named is None else named, return_index=True, return_inverse=True)
+        named = keys(pairs) if named is None else named
+        self._requests.update(named.tobytes() + b"end of a request")
+        folder = self._root / self._requests.hexdigest()[:32]
+        self._files += [_open(path) for path in sorted(folder.glob("*.npy"))]
+        asked, first, where = np.unique(named, return_index=True, return_inverse=True)
         values = np.full(len(asked), np.nan)
         new = np.ones(len(asked), bool)
         for file in self._files:
@@ -69,27 +76,31 @@ class ScoreStore:
                 waiting.append(missing[np.asarray(positions)])
                 values[waiting[-1]] = found
                 if sum(map(len, waiting)) >= ENTRIES_A_FILE:
-                    self._add(asked, values, waiting)
-            self._add(asked, values, waiting)
+                    _add(folder, asked, values, waiting)
+            _add(folder, asked, values, waiting)
+            self._files += [_open(path) for path in sorted(folder.glob("*.npy"))]
         return values[where], len(missing)
 
-    def _add(self, asked: NDArray[np.bytes_], values: NDArray[np.float64], waiting: list[NDArray[np.int64]]) -> None:
-        """Write what waits as one more file, sorted by key."""
-        if not waiting:
-            return
-        places = np.sort(np.concatenate(waiting))
-        waiting.clear()
-        entries = np.empty(len(places), ENTRY)
-        entries["key"], entries["logp"] = asked[places], values[places]
-        content = io.BytesIO()
-        np.save(content, entries)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self.folder / f".{uuid.uuid4().hex}"
-        try:
-            aside.write_bytes(content.getbuffer())
-            os.replace(aside, self.folder / f"{_name(content.getbuffer())}.npy")
-        finally:
-            aside.unlink(missing_ok=True)
+
+def _add(
+    folder: Path, asked: NDArray[np.bytes_], values: NDArray[np.float64], waiting: list[NDArray[np.int64]]
+) -> None:
+    """Write what waits as one more file, sorted by key."""
+    if not waiting:
+        return
+    places = np.sort(np.concatenate(waiting))
+    waiting.clear()
+    entries = np.empty(len(places), ENTRY)
+    entries["key"], entries["logp"] = asked[places], values[places]
+    content = io.BytesIO()
+    np.save(content, entries)
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".{uuid.uuid4().hex}"
+    try:
+        aside.write_bytes(content.getbuffer())
+        os.replace(aside, folder / f"{_name(content.getbuffer())}.npy")
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _name(content: bytes | memoryview) -> str:

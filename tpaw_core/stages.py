@@ -199,29 +199,36 @@ def weigh(params: Params, iteration: int) -> None:
 
     with workspace.exclusive(f"weights@{iteration}"):
         members = read_team(iteration)["members"]
+        bf16, scored = params.training.bf16, 0
         tokenizer = checkpoint.load_tokenizer(workspace.need(Path(members[0]["checkpoint"]), "restore the checkpoint"))
         encoded = _encoded(params, tokenizer)
-        pairs = list(zip(encoded.prompts, encoded.chosen, strict=True))
-        for member in members:
-            pairs += zip(encoded.prompts, _responses(member, encoded.row_ids), strict=True)
-        keys = score_store.keys(pairs)
-        columns, scored = [], 0
+        stores = []
         for member in members:
             folder = Path(member["checkpoint"])
             if checkpoint.verify(folder)["digest"] != member["digest"]:
                 raise TpawError(
                     f"{folder}: is not the checkpoint that teams/{iteration}.json names; make the team again"
                 )
-            bf16 = params.training.bf16
-            store = score_store.ScoreStore(workspace.SCORES, member["digest"], "bfloat16" if bf16 else "float32")
+            stores.append(score_store.ScoreStore(workspace.SCORES, member["digest"], "bfloat16" if bf16 else "float32"))
+        # What a player was asked in earlier iterations is asked again first: it is known, or computed as it was then.
+        for earlier in range(members[-1]["iteration"] + 1, iteration + 1):
+            team = read_team(earlier)["members"]
+            pairs = list(zip(encoded.prompts, encoded.chosen, strict=True))
+            for opponent in team:
+                pairs += zip(encoded.prompts, _responses(opponent, encoded.row_ids), strict=True)
+            keys = score_store.keys(pairs)
+            columns = []
+            for member, store in zip(members, stores, strict=True):
+                if member["digest"] not in [player["digest"] for player in team]:
+                    continue
 
-            def score(new: list[scoring.Pair], folder: Path = folder, bf16: bool = bf16) -> Any:
-                model = checkpoint.load_model(folder, dtype="float32")
-                return scoring.batches(model, new, pad_id=tokenizer.pad_token_id, bf16=bf16)
+                def score(new: list[scoring.Pair], folder: str = member["checkpoint"]) -> Any:
+                    model = checkpoint.load_model(folder, dtype="float32")
+                    return scoring.batches(model, new, pad_id=tokenizer.pad_token_id, bf16=bf16)
 
-            values, new = store.scores(pairs, score, keys)
-            columns.append(values)
-            scored += new
+                values, new = store.scores(pairs, score, keys)
+                columns.append(values)
+                scored += new
         table = np.array(columns).T  # [targets + responses, players]
         rows, players = len(encoded.row_ids), len(members)
         chosen = np.tile(table[:rows], (players, 1))
