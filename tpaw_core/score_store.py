@@ -1,8 +1,8 @@
 """The score store: what log-probability a frozen checkpoint gave a row; computed once, kept for ever.
 
 Keyed by (checkpoint digest, digest of the row's token ids, scoring settings): a path or a name is not an identity.
-In its last bits a score also depends on the rows it was computed with, so a file belongs to the requests that led to it,
-and what other requests left in the folder is not looked at: equal requests give equal bytes, whatever was run before.
+In its last bits a score also depends on the rows it was computed with, so a file belongs to the requests that led to it
+and what other requests left is not looked at: equal requests give equal bytes, whatever was run before.
 Files are added and never changed, each named by the digest of its bytes: a file is whole or it is noticed, and writers
 need no lock. They are mapped, not read, so a store may be larger than memory.
 """
