@@ -304,7 +304,7 @@ def test_a_killed_flow_leaves_no_process_and_the_next_one_does_what_it_was_asked
     )
     engine = _wait_for("prefect.engine", made.folder)
     started = engine.children(recursive=True)
-    while not any("train" in process.cmdline() for process in started):
+    while not any("train" in _words(process) for process in started):
         time.sleep(0.05)
         started = engine.children(recursive=True)
     engine.send_signal(signal.SIGKILL)
@@ -321,12 +321,20 @@ def test_a_killed_flow_leaves_no_process_and_the_next_one_does_what_it_was_asked
     assert made.digest(1) == changed, "a flow's forked stages and the command by itself make the same bytes"
 
 
+def _words(process: psutil.Process) -> list[str]:
+    """Its arguments, none where it has just ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 def _wait_for(word: str, folder: Path) -> psutil.Process:
     """The process in this workspace that has ``word`` among its arguments."""
     for _ in range(1200):
         for process in psutil.process_iter():
             try:
-                if word in process.cmdline() and Path(process.cwd()) == folder:
+                if word in _words(process) and Path(process.cwd()) == folder:
                     return process
             except psutil.Error:
                 continue
