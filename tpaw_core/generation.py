@@ -10,7 +10,7 @@ import os
 import subprocess
 import tempfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -86,7 +86,7 @@ def _decode(
     *,
     eos_id: int,
     pad_id: int,
-) -> Iterator[list[int]]:
+) -> list[list[int]]:
     """Token by token, all rows at once; finished rows leave when they are an eighth of those that are computed."""
     import torch
     from transformers import DynamicCache
@@ -119,7 +119,7 @@ def _decode(
                 here, mask, position, token, going = (x[stay] for x in (here, mask, position, token, going))
             ids, position = token[:, None], position[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-    return iter(answers.tolist())
+    return answers.tolist()
 
 
 def _choose(logits: Tensor, chance: Tensor, settings: Generation) -> Tensor:
