@@ -56,20 +56,21 @@ def generate(ending: Any, prompts: list[list[int]], tokenizer: Any) -> Generate:
     return run
 
 
+def alone(model: Any, prompt: list[int], eos_id: int, pad_id: int) -> list[int]:
+    """The greedy answer of transformers' own loop to one prompt."""
+    ids = torch.tensor([prompt])
+    mask = torch.ones_like(ids)
+    ends = {"eos_token_id": eos_id, "pad_token_id": pad_id}
+    out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20, **ends)
+    return out[0, len(prompt) :].tolist()
+
+
 def test_greedy_answers_are_those_of_one_prompt_at_a_time(
     generate: Generate, ending: Any, prompts: list[list[int]], tokenizer: Any
 ) -> None:
     found = generate()
     for prompt, response in zip(prompts, found, strict=True):
-        ids = torch.tensor([prompt])
-        out = ending.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=20,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        assert list(response.ids) == out[0, len(prompt) :].tolist()
+        assert list(response.ids) == alone(ending, prompt, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 def test_eos_is_kept_where_it_was_generated_and_added_nowhere(generate: Generate, tokenizer: Any) -> None:
@@ -145,16 +146,7 @@ def test_families_give_the_greedy_answers_of_their_own_loop(
     prompts = [[3 + (7 * n + k) % 60 for k in range(1 + n % 9)] for n in range(12)]
     found = generation.generate(model, prompts, settings(), max_length=64, eos_id=2, pad_id=0, seed=1)
     for prompt, response in zip(prompts, found, strict=True):
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=20,
-            pad_token_id=0,
-            eos_token_id=2,
-        )
-        assert list(response.ids) == out[0, len(prompt) :].tolist()
+        assert list(response.ids) == alone(model, prompt, eos_id=2, pad_id=0)
 
 
 def test_a_low_temperature_and_a_low_top_p_come_close_to_greedy(generate: Generate) -> None:
