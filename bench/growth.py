@@ -2,12 +2,14 @@
 
 Rows: the stages `data`, `weights` and the reading of `train` on the demo's corpus, iteration 3, with scores by a
 formula: a model's own time and memory are `bench.scoring`. Memory is what a process needs beyond its imports.
-Team: a training step at the shape, seconds a triplet and peak memory.
+Team: a training step at the shape, seconds a triplet and peak memory; and memory with freed blocks given back at once,
+which is slower, but shows what training holds rather than how the allocator's free blocks happen to fit.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import random
@@ -23,6 +25,7 @@ from bench.rows import SHAPES
 COUNTS = (1_000, 10_000, 100_000)
 TEAMS = (1, 2, 3, 5)
 MEMBERS = 3
+M_MMAP_THRESHOLD = -3  # of <malloc.h>
 
 
 def rows(arguments: argparse.Namespace) -> dict[str, float]:
@@ -111,27 +114,32 @@ def team(arguments: argparse.Namespace) -> dict[str, float]:
     return training.ours(arguments)
 
 
+def held(arguments: argparse.Namespace) -> dict[str, float]:
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    return {"memory held": training.ours(arguments)["memory"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ratio.add_shape(parser)
     parser.add_argument("--rows", type=int, default=0)
-    if not (arguments := ratio.run("bench.growth", {"rows": rows, "team": team}, parser)):
+    if not (arguments := ratio.run("bench.growth", {"rows": rows, "team": team, "held": held}, parser)):
         return
     sides = {f"{count} rows": {"side": "rows", "rows": count} for count in COUNTS}
     sides |= {f"team of {size}": {"side": "team", "team": size} for size in TEAMS}
+    sides |= {f"team of {size}, held": {"side": "held", "team": size} for size in TEAMS}
     found = ratio.in_turn(arguments, sides)
     middle = {
         name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()
     }
-    one = middle["team of 1"]
-    growth: dict[str, Any] = {
-        f"{name} to team of 1": {
-            "seconds a triplet": one["triplets_per_second"] / figures["triplets_per_second"],
-            "memory": figures["memory"] / one["memory"],
+    one = {**middle["team of 1"], **middle["team of 1, held"]}
+    growth: dict[str, Any] = {}
+    for size in TEAMS[1:]:
+        own = {**middle[f"team of {size}"], **middle[f"team of {size}, held"]}
+        growth[f"team of {size} to team of 1"] = {
+            "seconds a triplet": one["triplets_per_second"] / own["triplets_per_second"],
+            **{what: own[what] / one[what] for what in ("memory", "memory held")},
         }
-        for name, figures in middle.items()
-        if name.startswith("team")
-    }
     name = f"growth-{arguments.shape}-{arguments.dtype}"
     ratio.write({"name": name, "figures": middle, "ratio": growth}, shape=SHAPES[arguments.shape].__dict__)
     for what, figures in {**middle, **growth}.items():

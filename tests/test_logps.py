@@ -72,6 +72,15 @@ def test_rows_are_padded_on_the_right() -> None:
     assert pack.sequence.tolist() == [0, 1, 1, 1]
 
 
+def test_responses_of_one_token_each(make_model: Callable[[int], Any]) -> None:
+    model = make_model(3)
+    trees: list[Tree] = [([5, 6, 7], [[8], [9]]), ([11], [[12]])]
+    expected = plain(model, trees)
+    with attention.packed(model):
+        found = logps.response_logps(model, packing.pack(trees))
+        assert_same(model, found, expected)
+
+
 def test_shared_prompts_give_the_plain_numbers_and_gradients(
     make_model: Callable[[int], Any], trees: list[Tree]
 ) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,50 +25,61 @@ NAME, FLEX = "tpaw_packed", "tpaw_packed_flex"
 T = TypeVar("T")
 
 
-class _Place(torch.autograd.Function):
-    """Rows of ``x`` to ``slots`` of a larger tensor, whose other rows hold anything finite and get no gradient."""
+class _Index(NamedTuple):
+    """Which token lies where: what no token fills repeats one, and is never looked at."""
+
+    prompt: Tensor  # [B * P] -> tokens
+    response: Tensor  # [S * R] -> tokens
+    context: Tensor  # [S * (P + R)] -> tokens: the prompt of each response, and itself
+    slots: Tensor  # [response tokens] -> S * (P + R)
+    own: Tensor  # [B, S] 1 where the prompt is the response's
+    mask: Tensor  # [S, 1, R, P + R] 0 where a response may look, -inf elsewhere
+
+
+class _Arrange(torch.autograd.Function):
+    """Tokens [tokens, heads, head_dim] to prompts [B * P, ...] and to responses [S * R, ...] or their contexts."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slots: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(slots)
-        source = slots.new_zeros(size).index_copy_(0, slots, torch.arange(len(slots), device=slots.device))
-        return x.index_select(0, source)
+    def forward(ctx: Any, x: Tensor, layout: Layout, index: _Index, context: bool) -> tuple[Tensor, Tensor]:
+        ctx.layout, ctx.index, ctx.context = layout, index, context
+        return x.index_select(0, index.prompt), x.index_select(0, index.context if context else index.response)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (slots,) = ctx.saved_tensors
-        return gradient.index_select(0, slots), None, None
+    def backward(ctx: Any, to_prompt: Tensor, to_response: Tensor) -> tuple[Tensor | None, ...]:
+        layout, index = ctx.layout, ctx.index
+        split, shape = len(layout.prompt_slots), to_prompt.shape[1:]
+        if ctx.context:  # a prompt's gradient is the sum over its responses: a small matrix product
+            _, widest, responses, _ = layout.shape
+            heard = to_response.reshape(responses, -1)[:, : widest * shape.numel()]
+            to_prompt = (index.own.to(heard.dtype) @ heard).view_as(to_prompt).add_(to_prompt)
+        gradient = to_prompt.new_empty(split + len(layout.response_slots), *shape)
+        torch.index_select(to_prompt, 0, layout.prompt_slots, out=gradient[:split])
+        slots = index.slots if ctx.context else layout.response_slots
+        torch.index_select(to_response, 0, slots, out=gradient[split:])
+        return gradient, None, None, None
 
 
-class _Take(torch.autograd.Function):
-    """Rows ``slots`` of ``x``, which are all different."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, slots: Tensor) -> Tensor:
-        ctx.save_for_backward(slots)
-        ctx.size = len(x)
-        return x.index_select(0, slots)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (slots,) = ctx.saved_tensors
-        return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy_(0, slots, gradient), None
-
-
-class _Spread(torch.autograd.Function):
-    """Each row of ``x`` to those that ``owner`` gives it; the sums of the way back are a small matrix product."""
+class _Collect(torch.autograd.Function):
+    """Prompts [B * P, ...] and responses [S * R, ...] back to tokens."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, owner: Tensor) -> Tensor:
-        ctx.save_for_backward(owner)
-        ctx.size = len(x)
-        return x.index_select(0, owner)
+    def forward(ctx: Any, prompt: Tensor, response: Tensor, layout: Layout) -> Tensor:
+        ctx.layout, ctx.sizes = layout, (len(prompt), len(response))
+        split = len(layout.prompt_slots)
+        out = prompt.new_empty(split + len(layout.response_slots), *prompt.shape[1:])
+        torch.index_select(prompt, 0, layout.prompt_slots, out=out[:split])
+        torch.index_select(response, 0, layout.response_slots, out=out[split:])
+        return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (owner,) = ctx.saved_tensors
-        own = (torch.arange(ctx.size, device=owner.device)[:, None] == owner).to(gradient.dtype)
-        return (own @ gradient.flatten(1)).view(ctx.size, *gradient.shape[1:]), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        layout, split = ctx.layout, len(ctx.layout.prompt_slots)
+        slots, parts = (layout.prompt_slots, layout.response_slots), (gradient[:split], gradient[split:])
+        placed = (
+            own.new_zeros(size, *own.shape[1:]).index_copy_(0, slot, own)
+            for size, slot, own in zip(ctx.sizes, slots, parts, strict=True)
+        )
+        return *placed, None
 
 
 def attend(
@@ -85,27 +96,24 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [1, heads, tokens, head_dim] in, [1, tokens, heads, head_dim] out."""
     prompts, widest, responses, longest = layout.shape
-    split = len(layout.prompt_slots)
-    in_prompt, in_response = [], []
+    index = _once(_index, layout)
+    at_prompt, at_response = [], []
     options: Any = {"scale": scaling, "dropout_p": dropout}
     # A processor's attention is several times slower backwards in bf16, so there it is float32 whatever the rest is.
     with torch.autocast(query.device.type, enabled=False):
-        for x in (query, key, value):
+        for x, context in ((query, False), (key, True), (value, True)):
             x = (x if x.is_cuda else x.float())[0].transpose(0, 1)
             if (groups := query.shape[1] // x.shape[1]) > 1:
                 x = x.repeat_interleave(groups, dim=1)
-            in_prompt.append(_padded(x[:split], layout.prompt_slots, prompts, widest))
-            in_response.append(_padded(x[split:], layout.response_slots, responses, longest))
-        q, k, v = in_prompt
-        heard = scaled_dot_product_attention(q, k, v, is_causal=True, **options)  # what pads heard is not taken
-        parts = [_Take.apply(heard.transpose(1, 2).flatten(0, 1), layout.prompt_slots)]
-        if longest:
-            q, *own = in_response
-            k, v = (torch.cat([_Spread.apply(p, layout.owner), o], 2) for p, o in zip((k, v), own, strict=True))
-            mask = _once(_mask, layout).to(q.dtype)
-            heard = scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
-            parts.append(_Take.apply(heard.transpose(1, 2).flatten(0, 1), layout.response_slots))
-        return torch.cat(parts)[None].to(query.dtype), None
+            prompt, response = _Arrange.apply(x, layout, index, context)
+            at_prompt.append(prompt.view(prompts, widest, *x.shape[1:]).transpose(1, 2))
+            at_response.append(response.view(responses, longest + context * widest, *x.shape[1:]).transpose(1, 2))
+        q, k, v = at_prompt
+        heard = [scaled_dot_product_attention(q, k, v, is_causal=True, **options)]  # what pads heard is not taken
+        q, k, v = at_response
+        heard.append(scaled_dot_product_attention(q, k, v, attn_mask=index.mask.to(q.dtype), **options))
+        tokens = _Collect.apply(*(x.transpose(1, 2).flatten(0, 1) for x in heard), layout)
+        return tokens[None].to(query.dtype), None
 
 
 def attend_flex(
@@ -127,14 +135,22 @@ def attend_flex(
     return heard.transpose(1, 2), None
 
 
-def _mask(layout: Layout) -> Tensor:
-    """[S, 1, R, P + R] 0 where a response may look, -inf elsewhere."""
-    _, widest, _, longest = layout.shape
-    columns = torch.arange(widest + longest, device=layout.owner.device)
+def _index(layout: Layout) -> _Index:
+    prompts, widest, responses, longest = layout.shape
+    split, count = len(layout.prompt_slots), len(layout.response_slots)
+    device = layout.owner.device
+    number = torch.arange(split + count, device=device)
+    prompt = number.new_zeros(prompts * widest).index_copy_(0, layout.prompt_slots, number[:split])
+    response = number.new_zeros(responses * longest).index_copy_(0, layout.response_slots, number[split:])
+    context = torch.cat([prompt.view(prompts, widest)[layout.owner], response.view(responses, longest)], 1)
+    slots = layout.response_slots + (layout.response_slots // max(longest, 1) + 1) * widest
+    own = (torch.arange(prompts, device=device)[:, None] == layout.owner).float()
+    columns = torch.arange(widest + longest, device=device)
     in_prompt = columns < layout.prompts[layout.owner][:, None, None]
     in_response = columns - widest <= columns[:longest, None]
     seen = torch.where(columns < widest, in_prompt, in_response)
-    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None]
+    mask = torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)[:, None]
+    return _Index(prompt, response, context.flatten(), slots, own, mask)
 
 
 def _block_mask(layout: Layout) -> BlockMask:
@@ -166,12 +182,6 @@ def _once(make: Callable[[Layout], T], layout: Layout) -> T:
         _latest[make] = (layout, make(layout))
     made: T = _latest[make][1]
     return made
-
-
-def _padded(x: Tensor, slots: Tensor, rows: int, width: int) -> Tensor:
-    """[tokens, heads, head_dim] to [rows, heads, width, head_dim]; what no token fills is never looked at."""
-    placed: Tensor = _Place.apply(x, slots, rows * width)
-    return placed.view(rows, width, *x.shape[1:]).transpose(1, 2)
 
 
 AttentionInterface.register(NAME, attend)

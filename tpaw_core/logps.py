@@ -67,9 +67,11 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, c
 
 
 def _chunks(rows: int, weight: Tensor) -> list[slice]:
-    """Slices of rows whose logits take 32 MiB in float32, about a processor's cache; on an accelerator 512."""
-    size = max(16, (2**27 if weight.is_cuda else 2**23) // len(weight))
-    return [slice(start, start + size) for start in range(0, rows, size)]
+    """Slices of rows: on a processor few enough for its cache, of at most 32 MiB; on an accelerator of 512."""
+    vocabulary = len(weight)
+    cached = max(256, 2**18 // vocabulary)  # fewer than 256 would read the projection too often
+    size = 2**27 // vocabulary if weight.is_cuda else min(cached, 2**23 // vocabulary)
+    return [slice(start, start + max(16, size)) for start in range(0, rows, max(16, size))]
 
 
 def token_logps(
