@@ -54,7 +54,6 @@ def rows(arguments: argparse.Namespace) -> dict[str, float]:
             tokenizer.save_pretrained(at)
             (at / "number").write_text(str(number))
             checkpoint.seal(at, iteration=number, parent=None, params="0" * 64)
-        stages._registry = lambda params: None  # type: ignore[assignment]
         scoring.batches = (
             lambda model, pairs, **_: (  # type: ignore[assignment]
                 (range(i, min(i + 256, len(pairs))), [-0.5 * len(r) for _, r in pairs[i : i + 256]])
@@ -96,14 +95,14 @@ def rows(arguments: argparse.Namespace) -> dict[str, float]:
         del answers, encoded
         workspace.team(3).parent.mkdir()
         for t in (1, 2, 3):
-            team = {"iteration": t, "policy": "latest", "members": members[:t][::-1]}
+            team = {"iteration": t, "policy": "latest", "players": t, "members": members[:t][::-1]}
             workspace.team(t).write_text(json.dumps(team))
 
         started = time.perf_counter()
-        stages.weigh(params, 3)
+        stages.weigh(params, 3, None)
         seconds["weights"] = time.perf_counter() - started
         started = time.perf_counter()
-        stages.weigh(params, 3)
+        stages.weigh(params, 3, None)
         seconds["weights, all known"] = time.perf_counter() - started
         assert pq.read_metadata(workspace.weights(3)).num_rows == MEMBERS * arguments.rows
         os.chdir(here)

@@ -107,7 +107,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
                 rejected.reshape(cube),
                 beta.reshape(cube),
             ),
-            SimpleNamespace(lambda_=LAMBDA, eta=ETA),  # type: ignore[arg-type]
+            SimpleNamespace(name="tpaw", lambda_=LAMBDA, eta=ETA, per_token=False),  # type: ignore[arg-type]
             settings,
             pad_id=pad_id,
             seed=0,

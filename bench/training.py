@@ -49,7 +49,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
         training.self_play(
             model(shape),
             rows,
-            SimpleNamespace(lambda_=LAMBDA, eta=ETA),  # type: ignore[arg-type]
+            SimpleNamespace(name="tpaw", lambda_=LAMBDA, eta=ETA, per_token=False),  # type: ignore[arg-type]
             settings,
             pad_id=0,
             seed=0,

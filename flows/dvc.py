@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -83,7 +84,7 @@ def run(program: str, *arguments: str) -> list[str]:
         for line in map(str.rstrip, process.stdout):
             if line and not line.startswith(HINTS):
                 lines.append(line)
-                logger.info(line)
+                logger.log(logging.WARNING if line.startswith("warning: ") else logging.INFO, line)
         code = process.wait()
     finally:
         if process.poll() is None:

@@ -39,7 +39,8 @@ DEMO = str(ROOT / "recipes" / "demo.yaml")
         ("objective.eta=.nan", "objective.eta"),
         ("objective.gamma=-1", "objective.gamma: Input should be greater than or equal to 0"),
         ("objective.lambda=0", "objective.lambda: Input should be greater than 0"),
-        ("objective.name=dpo", "objective.name: Input should be 'tpaw' or 'spin', got 'dpo'"),
+        ("objective.name=dpo", "'dpo_nll' or 'sft', got 'dpo'"),
+        ("evaluation.tasks=[heldout, validation]", "data.validation_rows: evaluation.tasks names validation"),
         ("team.size=0", "team.size: Input should be greater than or equal to 1, got 0"),
         ("generation.temperature=-1", "generation.temperature: Input should be greater than or equal to 0"),
         ("generation.top_p=0", "generation.top_p: Input should be greater than 0"),
@@ -54,7 +55,7 @@ DEMO = str(ROOT / "recipes" / "demo.yaml")
         ("evaluation.answer_pattern='#### ('", "evaluation.answer_pattern"),
         # values that do not agree with each other
         ("training.save_steps=15", "save_steps: must be a multiple of logging_steps (10)"),
-        ("objective.name=spin", "team.size: objective.name=spin has one player; set team.size=1"),
+        ("objective.name=spin", "team.players: objective.name=spin has one player; set team.players=1"),
         ("evaluation.primary=gsm8k", "evaluation.primary: 'gsm8k' is not in evaluation.tasks"),
         ("model.scratch=null", "model: give model_name_or_path, or scratch"),
         ("sft.enabled=false", "sft.enabled: a model from scratch knows nothing"),

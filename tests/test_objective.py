@@ -10,7 +10,15 @@ from torch import Tensor
 
 from tpaw_core import config, packing
 from tpaw_core.logps import response_logps
-from tpaw_core.objective import implicit_reward, target_weight, tpaw_loss
+from tpaw_core.objective import (
+    dpo_nll_loss,
+    implicit_reward,
+    space_loss,
+    spin_loss,
+    target_weight,
+    tpaw_loss,
+    tspin_loss,
+)
 from tpaw_core.weights import player_weights
 
 
@@ -189,3 +197,70 @@ def test_spin_is_trls_dpo_loss_with_the_previous_checkpoint_as_reference(
     slopes = torch.autograd.grad(expected, policy.parameters())
     for ours, theirs in zip(torch.autograd.grad(found, policy.parameters()), slopes, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+# The other methods on one triplet: log pi_theta(y) = -10, (g) = -12, (g0) = -13; log pi_{t-1}(y) = -9, (g) = -11.5.
+# With lambda = 0.1: P(y) = 0.1 (-10 + 9) = -0.1 and P(g) = 0.1 (-12 + 11.5) = -0.05. ln means the natural logarithm.
+CHOSEN, REJECTED, FIRST = tensor(-10.0), tensor(-12.0), tensor(-13.0)
+PLAYERS = tensor([-9.0]), tensor([-11.5])
+
+
+def test_spin_by_hand() -> None:
+    found = spin_loss(CHOSEN, REJECTED, *PLAYERS, scale=0.1)
+    assert found.loss.tolist() == pytest.approx([0.718459], abs=1e-6)  # ln(1 + e^0.05), u = -0.1 + 0.05
+    assert found.reward_chosen.tolist() == [[pytest.approx(-0.1)]]
+    assert found.reward_rejected.tolist() == [[pytest.approx(-0.05)]]
+
+
+def test_dpo_with_a_likelihood_term_by_hand() -> None:
+    found = dpo_nll_loss(CHOSEN, REJECTED, *PLAYERS, tensor(4.0), scale=0.1)
+    assert found.loss.tolist() == pytest.approx([3.218459], abs=1e-6)  # SPIN's 0.718459 + 10 / 4
+
+
+@pytest.mark.parametrize(
+    ("mu", "expected"),
+    [
+        # r(y) = -1, r(g) = -0.5. mu = 1: -ln s(-1) - ln s(0.5) = ln(1 + e^1) + ln(1 + e^-0.5)
+        (1.0, 1.787339),  # 1.313262 + 0.474077
+        # mu = 2: ln(1 + 2 e^1) + 2 ln(1 + 0.5 e^-0.5)
+        (2.0, 2.391741),  # 1.861995 + 2 * 0.264873
+    ],
+)
+def test_space_by_hand(mu: float, expected: float) -> None:
+    found = space_loss(CHOSEN, REJECTED, *PLAYERS, scale=0.1, mu=mu)
+    assert found.loss.tolist() == pytest.approx([expected], abs=1e-6)
+    assert found.reward_chosen.tolist() == [[pytest.approx(-0.1)]]
+
+
+def test_tspin_by_hand() -> None:
+    found = tspin_loss(CHOSEN, REJECTED, FIRST, *PLAYERS, scale=0.1, history=0.1)
+    # ln(1 + e^-2) + 0.1 ln(1 + e^-1) with log pi(y) - log pi(g) = 2 and log pi(g) - log pi(g0) = 1
+    assert found.loss.tolist() == pytest.approx([0.158254], abs=1e-6)  # 0.126928 + 0.1 * 0.313262
+    assert found.reward_chosen.tolist() == [[pytest.approx(-0.1)]]
+
+
+def test_tspin_without_history_is_spin_without_a_reference() -> None:
+    flat = tensor([0.0]), tensor([0.0])
+    spin = spin_loss(CHOSEN, REJECTED, *flat, scale=1.0).loss
+    assert tspin_loss(CHOSEN, REJECTED, FIRST, *flat, scale=1.0, history=0.0).loss.tolist() == spin.tolist()
+
+
+def test_spin_is_tpaw_with_one_player_and_no_target_weight() -> None:
+    tpaw = tpaw_loss(CHOSEN, REJECTED, *PLAYERS, tensor([1.0]), scale=0.1, eta=1.0).loss
+    assert spin_loss(CHOSEN, REJECTED, *PLAYERS, scale=0.1).loss.tolist() == tpaw.tolist()
+
+
+def test_the_likelihood_term_is_all_that_dpo_nll_adds() -> None:
+    policy = tensor(-10.0, requires_grad=True)
+    both = dpo_nll_loss(policy, REJECTED, *PLAYERS, tensor(4.0), scale=0.1).loss
+    spin = spin_loss(policy, REJECTED, *PLAYERS, scale=0.1).loss
+    (slope,) = torch.autograd.grad((both - spin).sum(), policy)
+    assert slope.tolist() == pytest.approx([-1 / 4])
+
+
+def test_space_at_equal_policies_pushes_target_and_answer_alike() -> None:
+    """r = 0, mu = 1: two binary cross-entropies at even odds, slope -1/2 and +1/2."""
+    chosen, rejected = tensor(-9.0, requires_grad=True), tensor(-11.5, requires_grad=True)
+    loss = space_loss(chosen, rejected, *PLAYERS, scale=0.1).loss
+    assert loss.tolist() == pytest.approx([2 * 0.693147], abs=1e-6)
+    assert [g.item() for g in torch.autograd.grad(loss.sum(), (chosen, rejected))] == pytest.approx([-0.5, 0.5])

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from tpaw_core import config, packing, scoring, training
+from tpaw_core import config, objective, packing, scoring, training
 from tpaw_core.errors import TpawError
 from tpaw_core.objective import tpaw_loss
 from tpaw_core.training import Group
@@ -50,13 +51,14 @@ def run(make_model: Callable[[int], Any], tokenizer: Any, groups: list[Group], t
         state: Path | None = None,
         rows: Any = None,
         policy: int = 0,
+        objective: config.Objective = OBJECTIVE,
         **changes: Any,
     ) -> tuple[Any, list[dict[str, float]]]:
         model = make_model(policy)
         log = training.self_play(
             model,
             groups if rows is None else rows,
-            OBJECTIVE,
+            objective,
             settings(**changes),
             pad_id=tokenizer.pad_token_id,
             seed=5,
@@ -270,3 +272,104 @@ def test_sft_lowers_the_loss_of_its_rows(
     assert log[0]["loss"] == pytest.approx(-before / tokens, rel=1e-4)
     assert sum(scoring.score(model.eval(), pairs, pad_id=pad_id)) > before + tokens
     assert log[-1]["loss"] < log[0]["loss"] - 1
+
+
+def one_player(groups: list[Group]) -> list[Group]:
+    """The newest of the two players, with checkpoint 0's answer beside the response."""
+    return [
+        g._replace(
+            rejected_ids=g.rejected_ids[:1],
+            players_chosen=g.players_chosen[:1],
+            players_rejected=[g.players_rejected[0][:1]],
+            beta=[[1.0]],
+            first_ids=g.rejected_ids[1],
+        )
+        for g in groups
+    ]
+
+
+@pytest.mark.parametrize("name", ["spin", "dpo_nll", "space", "tspin"])
+def test_each_objective_trains_on_its_own_loss(
+    name: str, run: Run, groups: list[Group], make_model: Callable[[int], Any], tokenizer: Any
+) -> None:
+    rows = one_player(groups)
+    own = config.Objective(**{"name": name, "lambda": 0.1})
+    _, log = run(rows=rows, objective=own, per_device_train_batch_size=16, policy=1)
+    policy, pad_id = make_model(1), tokenizer.pad_token_id
+
+    def scores(ids: Callable[[Group], Any]) -> torch.Tensor:
+        return torch.tensor(scoring.score(policy, [(g.prompt_ids, ids(g)) for g in rows], pad_id=pad_id))
+
+    chosen, rejected = scores(lambda g: g.chosen_ids), scores(lambda g: g.rejected_ids[0])
+    first = scores(lambda g: g.first_ids)
+    players = torch.tensor([g.players_chosen for g in rows]), torch.tensor([g.players_rejected[0] for g in rows])
+    lengths = torch.tensor([len(g.chosen_ids) for g in rows])
+    expected = {
+        "spin": lambda: objective.spin_loss(chosen, rejected, *players, scale=0.1),
+        "dpo_nll": lambda: objective.dpo_nll_loss(chosen, rejected, *players, lengths, scale=0.1),
+        "space": lambda: objective.space_loss(chosen, rejected, *players, scale=0.1),
+        "tspin": lambda: objective.tspin_loss(chosen, rejected, first, *players, scale=0.1, history=0.1),
+    }[name]()
+    assert log[0]["loss"] == pytest.approx(expected.loss.mean().item(), rel=1e-4)
+    assert log[0]["rewards/chosen"] == pytest.approx(expected.reward_chosen.mean().item(), rel=1e-3)
+
+
+def test_lambda_by_length_weighs_a_token_alike_in_targets_and_answers(
+    run: Run, groups: list[Group], make_model: Callable[[int], Any], tokenizer: Any
+) -> None:
+    """With texts of one length it is plain TPAW; otherwise log-probabilities are means a token, times one length."""
+    own = config.Objective(**{"lambda": 0.1, "per_token": True})
+    same = [g._replace(rejected_ids=[g.chosen_ids[::-1], [5] * len(g.chosen_ids)]) for g in groups]
+    length = len(groups[0].chosen_ids)
+    same = [g._replace(chosen_ids=g.chosen_ids[:5], rejected_ids=[r[:5] for r in g.rejected_ids]) for g in same]
+    assert length > 5
+    (_, plain), (_, by_token) = run(rows=same), run(rows=same, objective=own)
+    assert [entry["loss"] for entry in by_token] == pytest.approx([entry["loss"] for entry in plain], rel=1e-6)
+    _, log = run(objective=own, per_device_train_batch_size=16, policy=1)
+    mean = sum(len(g.chosen_ids) for g in groups) / len(groups)
+    pairs = [(g, g.rejected_ids[n], g.players_rejected[n], g.beta[n]) for g in groups for n in range(2)]
+    policy = make_model(1)
+    scored = scoring.score(policy, [(g.prompt_ids, ids) for g, *_ in pairs for ids in (g.chosen_ids, _[0])], pad_id=0)
+    by = torch.tensor([[mean / len(g.chosen_ids), mean / len(ids)] for g, ids, *_ in pairs])
+    chosen, rejected = (torch.tensor(scored).view(-1, 2) * by).unbind(1)
+    expected = tpaw_loss(
+        chosen,
+        rejected,
+        torch.tensor([g.players_chosen for g, *_ in pairs]) * by[:, :1],
+        torch.tensor([players for _, _, players, _ in pairs]) * by[:, 1:],
+        torch.tensor([beta for *_, beta in pairs]),
+        scale=0.1,
+        eta=6.0,
+    )
+    assert log[0]["loss"] == pytest.approx(expected.loss.mean().item(), rel=1e-4)
+
+
+def test_responses_that_equal_their_target_can_be_left_out(tokenizer: Any) -> None:
+    from array import array
+
+    from tpaw_core.ragged import Ragged
+
+    def ragged(*rows: list[int]) -> Ragged:
+        return Ragged(array("i", row) for row in rows)
+
+    players = np.zeros((2, 1)), np.zeros((2, 2, 1)), np.ones((2, 2, 1))
+    parts = ragged([1], [2]), ragged([3, 4], [5]), [ragged([3, 4], [6]), ragged([7], [5])]
+    kept = training.Groups(*parts, *players, drop_equal=True)
+    assert [[list(ids) for ids in group.rejected_ids] for group in kept] == [[[7]], [[6]]]
+    assert [len(group.beta) for group in kept] == [1, 1]
+    assert [len(group.rejected_ids) for group in training.Groups(*parts, *players)] == [2, 2]
+    none = training.Groups(
+        parts[0], parts[1], [parts[1]], *(p[:1] if p.ndim == 3 else p for p in players), drop_equal=True
+    )
+    made = training.triplets([none[0], none[1]], packing.pack, of=2)
+    assert made.chosen.shape == (0,)
+    assert made.beta.shape == (0, 1)
+
+
+def test_the_log_counts_the_tokens_that_were_computed_also_after_a_stop(
+    run: Run, groups: list[Group], tmp_path: Path
+) -> None:
+    _, log = run()
+    in_all = sum(packing.pack([training.tree(g)]).inputs["input_ids"].numel() for g in groups)
+    assert log[-1]["tokens"] == in_all
+    assert [entry["tokens"] for entry in log] == sorted(entry["tokens"] for entry in log)

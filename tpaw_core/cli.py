@@ -6,9 +6,7 @@ Heavy imports happen inside the stages, so that `tpaw --help` answers at once.
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 import time
 from typing import Annotated
 
@@ -151,13 +149,59 @@ def table() -> None:
 
 
 @app.command()
+def compare(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe's name; left out, the study's own, or the active params.")
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ..., for all methods.")] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", "-m", help="A method's name, or 'mine:objective.eta=2'; repeat it.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="1-5, or 1,2,7.")] = None,
+    rates: Annotated[str | None, typer.Option(help="Learning rates that every method tries: 1e-4,3e-4.")] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="How far to go.")] = None,
+    tuning_seeds: Annotated[int | None, typer.Option(min=1, help="Seeds that choose the rate.")] = None,
+    validation_rows: Annotated[int | None, typer.Option(min=1, help="Held-out rows that choose the rate.")] = None,
+    folder: Annotated[str | None, typer.Option(help="Where the study lies; default studies/RECIPE.")] = None,
+) -> None:
+    """Compare methods on a recipe, with seeds and intervals; what is made already is not made again."""
+    from pathlib import Path
+
+    from tpaw_core import comparison, owner, study, study_record
+
+    given = list(overrides or [])
+    if recipe is not None and "=" in recipe:
+        given.insert(0, recipe)
+        recipe = None
+    owner.die_with_it()
+    home, plan = study.plan(
+        recipe,
+        given,
+        methods=methods,
+        seeds=seeds,
+        learning_rates=rates,
+        iterations=iterations,
+        tuning_seeds=tuning_seeds,
+        validation_rows=validation_rows,
+        folder=Path(folder) if folder else None,
+    )
+    results = study.run(plan, home)
+    comparison.write(plan, home, results)
+    print(comparison.table(plan, results))
+    for cell, why in study.failures(plan, home).items():
+        print(f"stopped: {cell.method}, rate {cell.learning_rate:g}, seed {cell.seed}: {why}")
+    print(f"report: {home / 'report.html'}, MLflow run {study_record.record(plan, home, results)}")
+
+
+@app.command()
 def register(
     again: Annotated[bool, typer.Option("--again", help="Bring back versions that were deleted.")] = False,
 ) -> None:
     """Make sure that every checkpoint is registered in MLflow."""
     from tpaw_core import config, stages
 
-    for iteration, version in stages.register(config.load(), again=again):
+    params = config.load()
+    for iteration, version in stages.register(params, stages.open_registry(params), again=again):
         print(f"checkpoint {iteration}: {f'version {version}' if version else 'deleted from the registry (--again)'}")
 
 
@@ -199,30 +243,11 @@ def _stage(name: str, iteration: int | None = None) -> None:
     params = config.load()
     if iteration is not None and iteration > len(params.iterations):
         raise TpawError(f"--iteration {iteration}: params.yaml has {len(params.iterations)} iterations; add it there")
-    _die_with_owner()
-    from tpaw_core import stages
+    from tpaw_core import owner, stages
+
+    owner.die_with_it()
 
     started = time.monotonic()
-    function = getattr(stages, name)
-    function(params) if iteration is None else function(params, iteration)
+    arguments = [params] if iteration is None else [params, iteration]
+    getattr(stages, name)(*arguments, stages.open_registry(params))
     print(f"{name}{'' if iteration is None else f' {iteration}'}: {time.monotonic() - started:.1f} s", flush=True)
-
-
-def _die_with_owner() -> None:
-    """End this stage when whoever started it is gone, so that a killed flow leaves no second writer behind."""
-    import psutil
-
-    owners = [psutil.Process(os.getppid())] if os.getppid() > 1 else []
-    if flow := os.environ.get("TPAW_OWNER"):
-        if not psutil.pid_exists(int(flow)):
-            raise TpawError(f"the flow (process {flow}) that started this stage is gone")
-        owners.append(psutil.Process(int(flow)))
-
-    def watch() -> None:
-        while True:
-            time.sleep(0.5)
-            for owner in owners:
-                if not owner.is_running() or owner.status() == psutil.STATUS_ZOMBIE:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -65,6 +65,7 @@ class Data(Section):
     max_train_rows: Count | None = None
     max_heldout_rows: Count | None = None
     max_self_play_rows: Count | None = None  # the first so many train rows play; SFT takes them all
+    validation_rows: Count | None = None  # the first so many held-out rows become the benchmark `validation` instead
     drop_overlap: bool = False  # leave held-out rows out whose prompt is in train, instead of stopping
     max_skipped: Fraction = 0.01  # share of unusable rows above which a stage stops
 
@@ -110,21 +111,25 @@ class Generation(Section):
 class Team(Section):
     policy: Literal["latest"] = "latest"
     size: Count = 3
+    players: Count | None = None  # the newest so many members judge, all are opponents; null: all judge
     # Iterations, or digests of checkpoints (8 characters or more), that never play.
     exclude: list[int | Annotated[str, Field(pattern="^[0-9a-f]{8,64}$")]] = []
 
 
 class Objective(Section):
-    name: Literal["tpaw", "spin"] = "tpaw"
+    name: Literal["tpaw", "spin", "tspin", "space", "dpo_nll", "sft"] = "tpaw"
     lambda_: Positive = Field(default=0.1, alias="lambda")
     eta: Annotated[float, Field(ge=1)] = 6.0
     gamma: NotNegative = 0.5
     target_weighting: bool = True  # TRW; false: alpha = 1
     player_weighting: bool = True  # MPW; false: beta = 1 / players
+    history: NotNegative = 0.1  # T-SPIN's weight of its second term, from iteration 2 on
+    drop_equal: bool = False  # a variant: leave triplets out whose response equals the target
+    per_token: bool = False  # a variant: lambda times the targets' mean length, over the length of each text
 
 
 class Evaluation(Section):
-    """lm-evaluation-harness tasks by name; `heldout` is this project's task on data/heldout.jsonl."""
+    """lm-evaluation-harness tasks by name; `heldout` and `validation` are this project's, on data/<name>.jsonl."""
 
     tasks: Annotated[list[str], Field(min_length=1)] = ["heldout"]
     primary: str = "heldout"
@@ -150,6 +155,7 @@ class Iteration(Section):
     previous: Annotated[int, Field(ge=0)]
     learning_rate: Positive | None = None
     lambda_: Positive | None = Field(default=None, alias="lambda")
+    eta: Annotated[float, Field(ge=1)] | None = None
 
 
 class Params(Section):
@@ -171,9 +177,11 @@ class Params(Section):
             raise ValueError("model: give model_name_or_path, or scratch to train a small model from nothing")
         if self.model.model_name_or_path is None and not self.sft.enabled:
             raise ValueError("sft.enabled: a model from scratch knows nothing; set it to true, or name a ready model")
-        if self.objective.name == "spin" and self.team.size != 1:
-            raise ValueError("team.size: objective.name=spin has one player; set team.size=1")
-        own = {"heldout"} & {
+        if self.objective.name != "tpaw" and 1 not in (self.team.size, self.team.players):
+            raise ValueError(f"team.players: objective.name={self.objective.name} has one player; set team.players=1")
+        if "validation" in self.evaluation.tasks and self.data.validation_rows is None:
+            raise ValueError("data.validation_rows: evaluation.tasks names validation; say how many rows it gets")
+        own = {"heldout", "validation"} & {
             self.evaluation.primary,
             *self.evaluation.tasks,
         }  # what a group holds only the harness knows
@@ -185,14 +193,15 @@ class Params(Section):
         return self
 
     def objective_at(self, iteration: int) -> Objective:
-        """The objective of one iteration: `iterations.<t>.lambda` wins; SPIN has alpha = 1 and no player weights."""
-        changes: dict[str, Any] = {}
-        if (own := self.iterations[str(iteration)].lambda_) is not None:
-            changes["lambda_"] = own
-        if self.objective.name == "spin" or not self.objective.target_weighting:
+        """The objective of one iteration: what `iterations.<t>` says wins; only TPAW has weights."""
+        own, plain = self.iterations[str(iteration)], self.objective.name != "tpaw"
+        changes = {name: value for name in ("lambda_", "eta") if (value := getattr(own, name)) is not None}
+        if plain or not self.objective.target_weighting:
             changes["eta"] = 1.0
-        if self.objective.name == "spin" or not self.objective.player_weighting:
+        if plain or not self.objective.player_weighting:
             changes["gamma"] = 0.0
+        if iteration == 1:  # checkpoint 0's answers are the only ones
+            changes["history"] = 0.0
         return self.objective.model_copy(update=changes)
 
     def training_at(self, iteration: int) -> Optimisation:
@@ -248,8 +257,10 @@ def resolve(
         _override(tree, override)
     known = tree.get("iterations")
     if isinstance(known, dict):
-        for number in range(len(known) + 1, (iterations or 0) + 1):
-            known[str(number)] = {**known.get(str(number - 1), {}), "previous": number - 1}
+        for number in range(1, max(len(known), iterations or 0) + 1):
+            own = known.get(str(number), {})
+            if isinstance(own, dict) and "previous" not in own:
+                known[str(number)] = {**known.get(str(number - 1), {}), **own, "previous": number - 1}
     params = validate(tree, str(source))
     _write_out(tree, params.model_dump(mode="json", by_alias=True, exclude={"iterations"}))
     text = StringIO()

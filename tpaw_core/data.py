@@ -12,7 +12,9 @@ import math
 import operator
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,18 +64,24 @@ def prepare(data: Data, seed: int) -> dict[str, int]:
         sources = _file(Path(data.path)), _file(Path(data.heldout_path))
     else:
         sources = _hub(data, data.train_split), _hub(data, data.heldout_split)
-    with workspace.publish(workspace.TRAIN_ROWS) as train, workspace.publish(workspace.HELDOUT_ROWS) as heldout:
+    files = {"train": workspace.TRAIN_ROWS, "heldout": workspace.HELDOUT_ROWS}
+    if data.validation_rows is not None:
+        files["validation"] = workspace.VALIDATION_ROWS
+    with ExitStack() as stack:
+        aside = {name: stack.enter_context(workspace.publish(path)) for name, path in files.items()}
         prompts: set[bytes] = set()
-        counts = {
-            "train": _write(train, _noted(_usable(sources[0], data, data.max_train_rows), prompts)),
-            "heldout": _write(
-                heldout,
-                _apart(_usable(sources[1], data, data.max_heldout_rows), prompts, sources[1].name, data.drop_overlap),
-            ),
-        }
-    sums = {path.name: workspace.sha256(path) for path in (workspace.TRAIN_ROWS, workspace.HELDOUT_ROWS)}
-    with workspace.publish(ORIGIN) as aside:
-        aside.write_text(json.dumps({"made_from": made_from, "rows": counts, "files": sums}, indent=2) + "\n")
+        counts = {"train": _write(aside["train"], _noted(_usable(sources[0], data, data.max_train_rows), prompts))}
+        held = _apart(_usable(sources[1], data, data.max_heldout_rows), prompts, sources[1].name, data.drop_overlap)
+        if data.validation_rows is not None:
+            counts["validation"] = _write(aside["validation"], islice(held, data.validation_rows))
+        counts["heldout"] = _write(aside["heldout"], held)
+        if not counts["heldout"]:
+            raise TpawError(f"data.validation_rows: {data.validation_rows} leaves none of the held-out rows; lower it")
+    if data.validation_rows is None:
+        workspace.VALIDATION_ROWS.unlink(missing_ok=True)
+    sums = {path.name: workspace.sha256(path) for path in files.values()}
+    with workspace.publish(ORIGIN) as origin:
+        origin.write_text(json.dumps({"made_from": made_from, "rows": counts, "files": sums}, indent=2) + "\n")
     return counts
 
 
@@ -143,6 +151,17 @@ def read(path: Path) -> Iterator[Row]:
         yield Row(**{k: row[k] for k in ("prompt_id", "prompt", "completion")})
     if empty:
         raise TpawError(f"{path}: holds no rows; make it again with `tpaw data`")
+
+
+def equal_share(synthetic: Path) -> float | None:
+    """The share of answers in synthetic/<t>.parquet that equal their target; None where there is no such file."""
+    if not synthetic.exists():
+        return None
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(synthetic, columns=["chosen", "rejected"])
+    pairs = zip(*(table[name].to_pylist() for name in ("chosen", "rejected")), strict=True)
+    return sum(chosen == rejected for chosen, rejected in pairs) / table.num_rows
 
 
 def _usable(source: Source, data: Data, limit: int | None) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Evaluation: lm-evaluation-harness on one checkpoint, with this project's own task `heldout` beside the harness's.
+"""Evaluation: lm-evaluation-harness on one checkpoint, with this project's own tasks beside the harness's.
 
 Knows a model, a tokenizer and task names; must not know iterations or stages.
 """
@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tpaw_core.data import Row
 
 HELDOUT, METRIC = "heldout", "exact_match"
+OWN = (HELDOUT, "validation")  # each on the rows of data/<name>.jsonl
 
 
 class Primary(TypedDict):
@@ -53,13 +54,13 @@ class Results(NamedTuple):
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    heldout: Sequence[Row],
+    rows: Mapping[str, Sequence[Row]],
     settings: Evaluation,
     *,
     max_length: int,
     seed: int,
 ) -> Results:
-    """Run ``settings.tasks``; greedy decoding for `heldout`, each other task as the harness defines it.
+    """Run ``settings.tasks``; greedy decoding on the ``rows`` of our own, each other task as the harness defines it.
 
     Raises TpawError for a task the harness does not know, or a primary metric that the results do not hold.
     """
@@ -68,8 +69,8 @@ def evaluate(
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is not a name
-    if settings.primary == HELDOUT and settings.metric != METRIC:
-        raise TpawError(f"evaluation.metric: {HELDOUT} is scored by {METRIC}, not by {settings.metric!r}")
+    if settings.primary in OWN and settings.metric != METRIC:
+        raise TpawError(f"evaluation.metric: {settings.primary} is scored by {METRIC}, not by {settings.metric!r}")
 
     def harness(own: bool) -> HFLM:
         # `heldout` comes rendered: no BOS is added, and the room for the answer is not cut from the prompt.
@@ -81,9 +82,9 @@ def evaluate(
     sampled: list[Any] = []
     with tempfile.TemporaryDirectory(prefix="tpaw-evaluation-") as folder:
         for task in settings.tasks:
-            own = task == HELDOUT
+            own = task in OWN
             if own:
-                _write_task(Path(folder), heldout, tokenizer, settings)
+                _write_task(Path(folder), task, rows[task], tokenizer, settings)
             manager = TaskManager(include_path=folder if own else None, include_defaults=not own)
             if not own and task not in manager.all_tasks:
                 raise TpawError(f"evaluation.tasks: lm-evaluation-harness knows no task {task!r}")
@@ -110,23 +111,25 @@ def answer(text: str, pattern: str) -> str | None:
     return match and (match.group(1) if match.re.groups else match.group()).strip()
 
 
-def _write_task(folder: Path, heldout: Sequence[Row], tokenizer: PreTrainedTokenizerBase, settings: Evaluation) -> None:
-    """The `heldout` task: prompts rendered here, so the harness tokenises what generation and training tokenise."""
-    with (folder / "heldout.jsonl").open("w", encoding="utf-8") as file:
-        for number, row in enumerate(heldout, start=1):
+def _write_task(
+    folder: Path, name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, settings: Evaluation
+) -> None:
+    """A task of our own: prompts rendered here, so the harness tokenises what generation and training tokenise."""
+    with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+        for number, row in enumerate(rows, start=1):
             target = answer(row.completion, settings.answer_pattern)
             if target is None:
                 raise TpawError(
-                    f"data/heldout.jsonl: row {number}: evaluation.answer_pattern {settings.answer_pattern!r} "
+                    f"data/{name}.jsonl: row {number}: evaluation.answer_pattern {settings.answer_pattern!r} "
                     "finds no answer in its target; mend the pattern or the row"
                 )
             file.write(
                 json.dumps({"text": render(row.prompt, tokenizer), "answer": target, "target": row.completion}) + "\n"
             )
     task = {
-        "task": HELDOUT,
+        "task": name,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "heldout.jsonl")}, "cache_dir": str(folder / "cache")},
+        "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}, "cache_dir": str(folder / "cache")},
         "test_split": "test",
         "output_type": "generate_until",
         "doc_to_text": "text",
@@ -145,7 +148,7 @@ def _write_task(folder: Path, heldout: Sequence[Row], tokenizer: PreTrainedToken
         "metric_list": [{"metric": METRIC, "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1},
     }
-    (folder / "heldout.yaml").write_text(json.dumps(task))
+    (folder / f"{name}.yaml").write_text(json.dumps(task))
 
 
 def _plain(results: Any) -> dict[str, dict[str, float]]:

@@ -1,6 +1,7 @@
-"""The training objective: log-probabilities in, losses and rewards out.
+"""The training objectives: log-probabilities in, losses and rewards out.
 
-Knows the equations of TPAW (Li et al., ACL 2026, arXiv 2605.09922) and nothing of models, files or services.
+Knows the equations of TPAW (Li et al., ACL 2026, arXiv 2605.09922) and of the methods it is compared with, and nothing
+of models, files or services.
 
 Symbols, for a batch of T triplets (x, y, g) and K main players:
 
@@ -14,6 +15,7 @@ All log-probabilities are in nats and summed over the tokens of the response.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -73,5 +75,76 @@ def tpaw_loss(
     reward_rejected = implicit_reward(policy_rejected, players_rejected, scale)
     alpha = target_weight(reward_chosen, eta)
     loss = (beta * softplus(reward_rejected - alpha * reward_chosen)).sum(-1)
+    return _losses(loss, reward_chosen, reward_rejected)
+
+
+def spin_loss(
+    policy_chosen: Tensor, policy_rejected: Tensor, players_chosen: Tensor, players_rejected: Tensor, *, scale: float
+) -> Losses:
+    """l(P(y) - P(g)), for each triplet; shapes as in `tpaw_loss` with K = 1. SPIN (arXiv 2401.01335, equation 4.7)."""
+    beta = torch.ones_like(players_chosen)
+    return tpaw_loss(policy_chosen, policy_rejected, players_chosen, players_rejected, beta, scale=scale, eta=1.0)
+
+
+def dpo_nll_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    players_chosen: Tensor,
+    players_rejected: Tensor,
+    tokens: Tensor,
+    *,
+    scale: float,
+) -> Losses:
+    """l(P(y) - P(g)) - log pi_theta(y|x) / |y|: SPIN's loss with a term that holds the target up, for each triplet.
+
+    The loss of iterative reasoning preference optimisation (arXiv 2404.19733, equation 2, with alpha = 1); here the
+    losing answer is the model's own. Shapes as in `tpaw_loss` with K = 1, and tokens: [T], |y|.
+    """
+    losses = spin_loss(policy_chosen, policy_rejected, players_chosen, players_rejected, scale=scale)
+    return losses._replace(loss=losses.loss - policy_chosen / tokens)
+
+
+def space_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    players_chosen: Tensor,
+    players_rejected: Tensor,
+    *,
+    scale: float,
+    mu: float = 1.0,
+) -> Losses:
+    """-log s_mu(r(y)) - mu log s_1/mu(-r(g)), r = log pi_theta - log pi_{t-1}, s_mu(u) = 1 / (1 + mu e^-u).
+
+    SPACE (arXiv 2512.07175): target and answer are each told from noise by a term of their own. Shapes as in
+    `tpaw_loss` with K = 1; ``scale`` is that of the reported rewards, the loss has none.
+    """
+    ratio_chosen = implicit_reward(policy_chosen, players_chosen, 1.0)
+    ratio_rejected = implicit_reward(policy_rejected, players_rejected, 1.0)
+    shift = math.log(mu)
+    loss = softplus(shift - ratio_chosen) + mu * softplus(ratio_rejected - shift)
+    return _losses(loss.sum(-1), scale * ratio_chosen, scale * ratio_rejected)
+
+
+def tspin_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    policy_first: Tensor,
+    players_chosen: Tensor,
+    players_rejected: Tensor,
+    *,
+    scale: float,
+    history: float,
+) -> Losses:
+    """l(log pi(y) - log pi(g)) + history * l(log pi(g) - log pi(g0)), g0 being checkpoint 0's answer; no reference.
+
+    T-SPIN (arXiv 2601.08198, with a = 1). policy_first: [T], log pi_theta(g0|x); other shapes as in `tpaw_loss`.
+    Players and ``scale`` serve the reported rewards only.
+    """
+    loss = softplus(policy_rejected - policy_chosen) + history * softplus(policy_first - policy_rejected)
+    reward_chosen = implicit_reward(policy_chosen, players_chosen, scale)
+    return _losses(loss, reward_chosen, implicit_reward(policy_rejected, players_rejected, scale))
+
+
+def _losses(loss: Tensor, reward_chosen: Tensor, reward_rejected: Tensor) -> Losses:
     reward_chosen = reward_chosen.detach()
     return Losses(loss, reward_chosen, reward_rejected.detach(), reward_chosen <= 0)

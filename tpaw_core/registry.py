@@ -40,39 +40,46 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(LOCAL / 'mlflow.db').resolve()}"
 
 
+def connect(name: str) -> tuple[MlflowClient, Experiment]:
+    """A client of the tracking server, and the experiment of this name.
+
+    Raises Unavailable where no server answers, TpawError where it refuses.
+    """
+    uri = tracking_uri()
+    if uri.startswith("http"):
+        _answering(uri)
+    else:
+        LOCAL.mkdir(parents=True, exist_ok=True)
+    try:
+        client = MlflowClient(uri)
+        return client, _experiment(client, name, uri)
+    except MlflowException as error:
+        raise TpawError(
+            f"MLFLOW_TRACKING_URI {uri}: {str(error).splitlines()[0]}; look at the server's log, and at "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where it asks for them"
+        ) from None
+
+
+def _experiment(client: MlflowClient, name: str, uri: str) -> Experiment:
+    location = None if uri.startswith("http") else (LOCAL / "artifacts").resolve().as_uri()
+    kind = {"mlflow.experimentKind": "custom_model_development"}
+    for _ in range(2):
+        if found := client.get_experiment_by_name(name):
+            return found
+        with contextlib.suppress(MlflowException):  # somebody else may make it just now
+            client.create_experiment(name, location, kind)
+    raise TpawError(f"MLflow at {uri}: the experiment {name!r} can be neither found nor made; was it deleted?")
+
+
 class Registry:
     """One workspace's view of MLflow."""
 
     def __init__(self, params: Params) -> None:
-        uri = tracking_uri()
-        if uri.startswith("http"):
-            _answering(uri)
-        else:
-            LOCAL.mkdir(parents=True, exist_ok=True)
         self.params = params
         self._key = {"tpaw.workspace": _workspace_id(), "tpaw.params": params.digest(), "tpaw.kind": "run"}
-        try:
-            self.client = MlflowClient(uri)
-            found = self._experiment(uri)
-        except MlflowException as error:
-            raise TpawError(
-                f"MLFLOW_TRACKING_URI {uri}: {str(error).splitlines()[0]}; look at the server's log, and at "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where it asks for them"
-            ) from None
+        self.client, found = connect(EXPERIMENT)
         self.experiment: str = found.experiment_id
         self._server = f"{found.experiment_id}-{found.creation_time}"  # tells one server's versions from another's
-
-    def _experiment(self, uri: str) -> Experiment:
-        location = None if uri.startswith("http") else (LOCAL / "artifacts").resolve().as_uri()
-        kind = {"mlflow.experimentKind": "custom_model_development"}
-        for _ in range(2):
-            if found := self.client.get_experiment_by_name(EXPERIMENT):
-                return found
-            with contextlib.suppress(MlflowException):  # somebody else may make it just now
-                self.client.create_experiment(EXPERIMENT, location, kind)
-        raise TpawError(
-            f"MLflow at {uri}: the experiment {EXPERIMENT!r} can be neither found nor made; was it deleted?"
-        )
 
     # Runs -----------------------------------------------------------------------------------------------------------
 
@@ -150,6 +157,11 @@ class Registry:
             profile=json.dumps({"num_rows": rows}),
         )
         self.client.log_inputs(run.info.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+    def warn(self, iteration: int, warning: str) -> None:
+        """A tag on the runs of the iteration and of the whole, where the UI shows it beside the figures."""
+        self.client.set_tag(self.iteration(iteration).info.run_id, "tpaw.warning", warning)
+        self.client.set_tag(self.parent().info.run_id, f"tpaw.warning.{iteration}", warning)
 
     # Versions -------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tpaw_core import workspace
+from tpaw_core import alarms, data, workspace
 
 COLUMNS = ["checkpoint", "benchmark", "score", "stderr", "n", "target reward", "generated reward", "alpha = eta"]
 ACCENT, SECOND, THIRD = "#2a6f97", "#c8553d", "#6a994e"
@@ -61,15 +61,32 @@ def rows() -> list[dict[str, Any]]:
 
 def table() -> str:
     """The rows as an aligned Markdown table, and which checkpoints are left out of it."""
-    cells = [COLUMNS] + [[_cell(row[name]) for name in COLUMNS] for row in rows()]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
-    lines = [
-        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
+    lines = aligned([COLUMNS] + [[_cell(row[name]) for name in COLUMNS] for row in rows()])
+    if found := warnings():
+        lines += ["", *found]
     if left_out := [str(t) for t in _measured() if t not in evaluated()]:
         lines += ["", f"Left out, as made from an earlier checkpoint {int(left_out[0]) - 1}: {', '.join(left_out)}."]
     return "\n".join(lines)
+
+
+def warnings() -> list[str]:
+    """The early warnings of the iterations made so far."""
+    found = []
+    for iteration in evaluated():
+        equal = data.equal_share(workspace.synthetic(iteration))
+        for text in (equal and alarms.of_answers(equal), alarms.of_training(_log(iteration))):
+            if text:
+                found.append(f"Warning, iteration {iteration}: {text}.")
+    return found
+
+
+def aligned(cells: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table that also reads well as plain text; the first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
+    return [lines[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *lines[1:]]
 
 
 def write(folder: Path) -> None:

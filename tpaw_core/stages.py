@@ -10,20 +10,23 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from tpaw_core import checkpoint, config, data, workspace
+from tpaw_core import alarms, checkpoint, config, data, workspace
 from tpaw_core.config import Params
 from tpaw_core.errors import TpawError
 from tpaw_core.ragged import Ragged
 
 if TYPE_CHECKING:
+    from tpaw_core.config import Objective
     from tpaw_core.generation import Response
     from tpaw_core.registry import Registry
+    from tpaw_core.team import Candidate
     from tpaw_core.template import EncodedRows
-    from tpaw_core.training import OnLog
+    from tpaw_core.training import Groups, OnLog
 
 
 ROWS_AT_A_TIME = 1000
@@ -41,10 +44,11 @@ class Member(TypedDict):
 
 
 class TeamFile(TypedDict):
-    """What teams/<t>.json holds, members newest first."""
+    """What teams/<t>.json holds, members newest first; the first ``players`` of them judge."""
 
     iteration: int
     policy: str
+    players: int
     members: list[Member]
 
 
@@ -54,7 +58,7 @@ def prepare_data(params: Params) -> dict[str, int]:
         return data.prepare(params.data, params.seed)
 
 
-def sft(params: Params) -> None:
+def sft(params: Params, registry: Registry | None) -> None:
     """Checkpoint 0: the base model fine-tuned on data/train.jsonl, or the ready model of the recipe as it is.
 
     Reads: data/train.jsonl. Writes: checkpoints/0, training/0.jsonl. Refuses: a model that cannot be loaded.
@@ -84,7 +88,7 @@ def sft(params: Params) -> None:
         state = workspace.TRAINING_STATE / f"0-{config.digest([made_by, workspace.sha256(workspace.TRAIN_ROWS)])[:16]}"
         if params.sft.enabled:
             encoded = _encoded(params, tokenizer, data.read(workspace.TRAIN_ROWS))
-            with _recorded(params, 0) as (registry, on_log):
+            with _recorded(registry, 0) as on_log:
                 log = training.sft(
                     model,
                     list(zip(encoded.prompts, encoded.chosen, strict=True)),
@@ -100,12 +104,12 @@ def sft(params: Params) -> None:
                     registry.register(0)
         else:
             _publish(params, 0, model, tokenizer, log, parent=None, made_by=made_by)
-            if registry := _registry(params):
+            if registry:
                 registry.register(0)
         shutil.rmtree(state, ignore_errors=True)
 
 
-def generate(params: Params, iteration: int) -> None:
+def generate(params: Params, iteration: int, registry: Registry | None) -> None:
     """One answer of checkpoint t-1 to every training prompt: the synthetic data of iteration t.
 
     Reads: checkpoints/<t-1>, data/train.jsonl. Writes: synthetic/<t>.parquet. Refuses: a missing or damaged parent.
@@ -133,30 +137,27 @@ def generate(params: Params, iteration: int) -> None:
         equal = sum(r.ids == chosen for r, chosen in zip(responses, encoded.chosen, strict=True))
         cut = sum(r.finish_reason == "length" for r in responses)
         print(f"{len(responses)} responses: {equal} equal their target, {cut} were cut at the limit", flush=True)
-        if registry := _registry(params):
+        if registry:
             run = registry.iteration(iteration)
             registry.log_dataset(run, workspace.synthetic(iteration), len(responses), "synthetic")
             share = {"generation/equal_to_target": equal / len(responses), "generation/cut": cut / len(responses)}
             registry.log_metrics(run, [(0, share)])
+        _warn(alarms.of_answers(equal / len(responses)), iteration, registry)
 
 
-def assemble_team(params: Params, iteration: int) -> None:
-    """The team of iteration t, chosen from the registry.
+def assemble_team(params: Params, iteration: int, registry: Registry | None) -> None:
+    """The team of iteration t, chosen from the registered checkpoints.
 
-    Reads: the registry, manifests of the checkpoints before t. Writes: teams/<t>.json. Refuses: nobody left to play,
-    a member whose checkpoint or synthetic data is missing.
+    Reads: the registry (without one, the folder checkpoints/), manifests of the checkpoints before t. Writes:
+    teams/<t>.json. Refuses: nobody left to play, a member whose checkpoint or synthetic data is missing.
     """
     from tpaw_core import team
 
     with workspace.exclusive(f"team@{iteration}"):
         _parent(iteration)
-        registry = _registry(params)
-        if registry is None:
-            raise TpawError("team: needs the registry; `pip install mlflow`")
+        candidates = registry.candidates(iteration) if registry else _candidates(iteration)
         try:
-            chosen = team.assemble(
-                registry.candidates(iteration), iteration=iteration, size=params.team.size, exclude=params.team.exclude
-            )
+            chosen = team.assemble(candidates, iteration=iteration, size=params.team.size, exclude=params.team.exclude)
         except ValueError as error:
             raise TpawError(
                 f"team of iteration {iteration}: {error}; look at team.exclude and the tags in MLflow"
@@ -177,7 +178,8 @@ def assemble_team(params: Params, iteration: int) -> None:
                     synthetic_sha256=workspace.sha256(synthetic),
                 )
             )
-        found = TeamFile(iteration=iteration, policy=params.team.policy, members=members)
+        players = min(params.team.players or len(members), len(members))
+        found = TeamFile(iteration=iteration, policy=params.team.policy, players=players, members=members)
         with workspace.publish(workspace.team(iteration)) as aside:
             aside.write_text(json.dumps(found, indent=2) + "\n")
         print(
@@ -185,7 +187,7 @@ def assemble_team(params: Params, iteration: int) -> None:
         )
 
 
-def weigh(params: Params, iteration: int) -> None:
+def weigh(params: Params, iteration: int, registry: Registry | None) -> None:
     """Log-probabilities of every (triplet, player) and the player weights beta.
 
     Reads: teams/<t>.json, its members' checkpoints and synthetic data, the score store. Writes: weights/<t>.parquet;
@@ -198,12 +200,13 @@ def weigh(params: Params, iteration: int) -> None:
     from tpaw_core import score_store, scoring, weights
 
     with workspace.exclusive(f"weights@{iteration}"):
-        members = read_team(iteration)["members"]
-        bf16, scored = params.training.bf16, 0
+        team = read_team(iteration)
+        members = team["members"]
+        judges, bf16, scored = members[: team["players"]], params.training.bf16, 0
         tokenizer = checkpoint.load_tokenizer(workspace.need(Path(members[0]["checkpoint"]), "restore the checkpoint"))
         encoded = _encoded(params, tokenizer)
         stores = []
-        for member in members:
+        for member in judges:
             folder = Path(member["checkpoint"])
             if checkpoint.verify(folder)["digest"] != member["digest"]:
                 raise TpawError(
@@ -211,15 +214,16 @@ def weigh(params: Params, iteration: int) -> None:
                 )
             stores.append(score_store.ScoreStore(workspace.SCORES, member["digest"], "bfloat16" if bf16 else "float32"))
         # What a player was asked in earlier iterations is asked again first: it is known, or computed as it was then.
-        for earlier in range(members[-1]["iteration"] + 1, iteration + 1):
-            team = read_team(earlier)["members"]
+        for earlier in range(judges[-1]["iteration"] + 1, iteration + 1):
+            team = read_team(earlier)
             pairs = list(zip(encoded.prompts, encoded.chosen, strict=True))
-            for opponent in team:
-                pairs += zip(encoded.prompts, _responses(opponent, encoded.row_ids), strict=True)
+            for opponent in team["members"]:
+                answers = _responses(opponent["synthetic"], encoded.row_ids, opponent["synthetic_sha256"])
+                pairs += zip(encoded.prompts, answers, strict=True)
             keys = score_store.keys(pairs)
             columns = []
-            for member, store in zip(members, stores, strict=True):
-                if member["digest"] not in [player["digest"] for player in team]:
+            for member, store in zip(judges, stores, strict=True):
+                if member["digest"] not in [player["digest"] for player in team["members"][: team["players"]]]:
                     continue
 
                 def score(new: list[scoring.Pair], folder: str = member["checkpoint"]) -> Any:
@@ -230,19 +234,26 @@ def weigh(params: Params, iteration: int) -> None:
                 columns.append(values)
                 scored += new
         table = np.array(columns).T  # [targets + responses, players]
-        rows, players = len(encoded.row_ids), len(members)
-        chosen = np.tile(table[:rows], (players, 1))
+        rows, players = len(encoded.row_ids), len(judges)
+        chosen = np.tile(table[:rows], (len(members), 1))
         rejected = table[rows:]
         objective = params.objective_at(iteration)
+        by_chosen, by_rejected = (np.ones(1), np.ones(1))
+        if objective.per_token:
+            lengths = np.array([len(response) for _, response in pairs])
+            by_chosen, by_rejected = lengths[:rows].mean() / np.split(lengths[:, None], [rows])
+            by_chosen = np.tile(by_chosen, (len(members), 1))
         try:
-            beta = weights.player_weights(chosen, rejected, gamma=objective.gamma, scale=objective.lambda_)
+            beta = weights.player_weights(
+                chosen * by_chosen, rejected * by_rejected, gamma=objective.gamma, scale=objective.lambda_
+            )
         except ValueError as error:
             raise TpawError(
                 f"weights of iteration {iteration}: {error}; the checkpoint that gave it is not usable"
             ) from None
         out = pa.table(
             {
-                "prompt_id": encoded.row_ids * players,
+                "prompt_id": encoded.row_ids * len(members),
                 "opponent": [member["digest"] for member in members for _ in range(rows)],
                 **{
                     name: pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), players)
@@ -253,56 +264,42 @@ def weigh(params: Params, iteration: int) -> None:
         with workspace.publish(workspace.weights(iteration)) as aside:
             pq.write_table(out, aside)
         print(f"{len(pairs) * players} (row, player) pairs: {scored} scored now, the others known", flush=True)
-        if registry := _registry(params):
+        if registry:
             registry.log_metrics(
                 registry.iteration(iteration), [(0, {"scoring/new": scored, "scoring/pairs": len(pairs) * players})]
             )
 
 
-def train(params: Params, iteration: int) -> None:
+def train(params: Params, iteration: int, registry: Registry | None) -> None:
     """Checkpoint t from checkpoint t-1 and the team's triplets; goes on from its last saved state if it was stopped.
 
-    Reads: checkpoints/<t-1>, teams/<t>.json, weights/<t>.parquet, the team's synthetic data. Writes: checkpoints/<t>,
-    training/<t>.jsonl. Refuses: inputs that do not belong together, numbers that are not finite.
+    Reads: checkpoints/<t-1>, teams/<t>.json, weights/<t>.parquet, the team's synthetic data (objective.name=sft: the
+    rows alone). Writes: checkpoints/<t>, training/<t>.jsonl. Refuses: inputs that do not belong together, numbers that
+    are not finite.
     """
-    import pyarrow.parquet as pq
-
     from tpaw_core import training
 
     with workspace.exclusive(f"train@{iteration}"):
         folder = _parent(iteration)
         manifest = checkpoint.verify(folder)
-        members = read_team(iteration)["members"]
         tokenizer = checkpoint.load_tokenizer(folder)
         encoded = _encoded(params, tokenizer)
-        path = workspace.need(workspace.weights(iteration), f"make it with `tpaw weights --iteration {iteration}`")
-        table = pq.read_table(path)
-        if table["prompt_id"].to_pylist() != encoded.row_ids * len(members):
-            raise TpawError(f"{path}: does not belong to data/train.jsonl and teams/{iteration}.json; make it again")
-        shape = len(members), len(encoded.row_ids), len(members)  # opponents, rows, players
-        players_chosen, players_rejected, beta = (
-            table[name].combine_chunks().flatten().to_numpy().reshape(shape)
-            for name in ("players_chosen", "players_rejected", "beta")
-        )
-        groups = training.Groups(
-            encoded.prompts,
-            encoded.chosen,
-            [_responses(member, encoded.row_ids) for member in members],
-            players_chosen[0],
-            players_rejected,
-            beta,
-        )
         objective, settings = params.objective_at(iteration), params.training_at(iteration)
-        made_by = config.digest([params.seed, params.model.dtype, objective.model_dump(), settings.model_dump()])
-        identity = config.digest([made_by, manifest["digest"], workspace.sha256(path)])
+        own = objective.model_dump(exclude={"gamma", "player_weighting"})  # they decide the weights, and these are read
+        made_by = config.digest([params.seed, params.model.dtype, own, settings.model_dump()])
+        if objective.name == "sft":
+            learn: Any = partial(training.sft, rows=list(zip(encoded.prompts, encoded.chosen, strict=True)))
+            read = workspace.sha256(workspace.TRAIN_ROWS)
+        else:
+            learn = partial(training.self_play, groups=_groups(iteration, encoded, objective), objective=objective)
+            read = workspace.sha256(workspace.weights(iteration))
+        identity = config.digest([made_by, manifest["digest"], read])
         state = workspace.TRAINING_STATE / f"{iteration}-{identity[:16]}"
         model = checkpoint.load_model(folder, dtype="float32")
-        with _recorded(params, iteration) as (registry, on_log):
-            log = training.self_play(
+        with _recorded(registry, iteration) as on_log:
+            log = learn(
                 model,
-                groups,
-                objective,
-                settings,
+                settings=settings,
                 pad_id=tokenizer.pad_token_id,
                 seed=params.seed + iteration,
                 state=state,
@@ -311,14 +308,15 @@ def train(params: Params, iteration: int) -> None:
             _publish(params, iteration, model, tokenizer, log, parent=manifest["digest"], made_by=made_by)
             if registry:
                 registry.register(iteration)
+        _warn(alarms.of_training(log), iteration, registry)
         shutil.rmtree(state, ignore_errors=True)
 
 
-def evaluate(params: Params, iteration: int) -> None:
+def evaluate(params: Params, iteration: int, registry: Registry | None) -> None:
     """Benchmarks of checkpoint t.
 
-    Reads: checkpoints/<t>, data/heldout.jsonl, training/<t>.jsonl. Writes: metrics/<t>.json, samples/<t>.jsonl.
-    Refuses: an unknown benchmark, a held-out target in which the pattern finds no answer.
+    Reads: checkpoints/<t>, training/<t>.jsonl, data/heldout.jsonl (and validation.jsonl). Writes: metrics/<t>.json,
+    samples/<t>.jsonl. Refuses: an unknown benchmark, a held-out target in which the pattern finds no answer.
     """
     from tpaw_core import evaluation
 
@@ -328,7 +326,11 @@ def evaluate(params: Params, iteration: int) -> None:
         results = evaluation.evaluate(
             checkpoint.load_model(folder),
             checkpoint.load_tokenizer(folder),
-            list(data.read(workspace.HELDOUT_ROWS)),
+            {
+                task: list(data.read(workspace.DATA / f"{task}.jsonl"))
+                for task in evaluation.OWN
+                if task in params.evaluation.tasks
+            },
             params.evaluation,
             max_length=params.model.max_length,
             seed=params.seed,
@@ -351,12 +353,12 @@ def evaluate(params: Params, iteration: int) -> None:
         print(
             f"{primary['benchmark']}: {primary['metric']} {primary['value']:.4f} +- {primary['stderr']:.4f}", flush=True
         )
-        if registry := _registry(params):
+        if registry:
             registry.register(iteration)
             registry.record_evaluation(iteration, metrics, kept)
 
 
-def report(params: Params) -> None:
+def report(params: Params, registry: Registry | None) -> None:
     """Table and plots of every checkpoint evaluated so far; brings the registry up to date and ends the run.
 
     Reads: metrics/, training/. Writes: report/.
@@ -367,7 +369,7 @@ def report(params: Params) -> None:
         with workspace.publish(Path("report")) as aside:
             aside.mkdir()
             pages.write(aside)
-        if registry := _registry(params):
+        if registry:
             for iteration, metrics in pages.evaluated().items():
                 if registry.register(iteration) is not None:
                     registry.record_evaluation(iteration, metrics, pages.samples(iteration))
@@ -375,9 +377,8 @@ def report(params: Params) -> None:
             registry.finish()
 
 
-def register(params: Params, *, again: bool = False) -> list[tuple[int, int | None]]:
+def register(params: Params, registry: Registry | None, *, again: bool = False) -> list[tuple[int, int | None]]:
     """Every checkpoint of the workspace a version of the registered model; gives (iteration, version) pairs."""
-    registry = _registry(params)
     if registry is None:
         raise TpawError("register: needs the registry; `pip install mlflow`")
     folders = [workspace.checkpoint(t) for t in range(len(params.iterations) + 1)]
@@ -400,6 +401,40 @@ def read_team(iteration: int) -> TeamFile:
     if not good:
         raise TpawError(f"{path}: is damaged; make it again with `tpaw team --iteration {iteration}`")
     return found
+
+
+def _candidates(before: int) -> list[Candidate]:
+    """The checkpoints in checkpoints/, where there is no registry that could veto one."""
+    from tpaw_core.team import Candidate
+
+    return [Candidate(t, t + 1, checkpoint.manifest(workspace.checkpoint(t))["digest"]) for t in range(before)]
+
+
+def _groups(iteration: int, encoded: EncodedRows, objective: Objective) -> Groups:
+    """The team's triplets with their weights, checked to belong together."""
+    import pyarrow.parquet as pq
+
+    from tpaw_core.training import Groups
+
+    team = read_team(iteration)
+    members = team["members"]
+    path = workspace.need(workspace.weights(iteration), f"make it with `tpaw weights --iteration {iteration}`")
+    table = pq.read_table(path)
+    columns = [table[name].combine_chunks() for name in ("players_chosen", "players_rejected", "beta")]
+    if table["prompt_id"].to_pylist() != encoded.row_ids * len(members) or columns[0].type.list_size != team["players"]:
+        raise TpawError(f"{path}: does not belong to data/train.jsonl and teams/{iteration}.json; make it again")
+    shape = len(members), len(encoded.row_ids), team["players"]  # opponents, rows, players
+    players_chosen, players_rejected, beta = (column.flatten().to_numpy().reshape(shape) for column in columns)
+    return Groups(
+        encoded.prompts,
+        encoded.chosen,
+        [_responses(member["synthetic"], encoded.row_ids, member["synthetic_sha256"]) for member in members],
+        players_chosen[0],
+        players_rejected,
+        beta,
+        first=_responses(workspace.synthetic(1), encoded.row_ids) if objective.name == "tspin" else None,
+        drop_equal=objective.drop_equal,
+    )
 
 
 def _parent(iteration: int) -> Path:
@@ -469,12 +504,12 @@ def _write_synthetic(
             file.write_batch(pa.record_batch(arrays, schema=schema))
 
 
-def _responses(member: Member, row_ids: list[str]) -> Ragged:
-    """The ids that an opponent generated, in the order of the training rows."""
+def _responses(path: str | Path, row_ids: list[str], sha256: str | None = None) -> Ragged:
+    """The ids that an opponent generated, in the order of the training rows; ``sha256``: the file's, as it must be."""
     import pyarrow.parquet as pq
 
-    path = workspace.need(Path(member["synthetic"]), "make it again, or restore it with `dvc checkout`")
-    if workspace.sha256(path) != member["synthetic_sha256"]:
+    path = workspace.need(Path(path), "make it again, or restore it with `dvc checkout`")
+    if sha256 is not None and workspace.sha256(path) != sha256:
         raise TpawError(f"{path}: has changed since the team was made; restore it with `dvc checkout --force {path}`")
     table = pq.read_table(path, columns=["prompt_id", "rejected_ids"]).combine_chunks()
     ids = table["rejected_ids"].combine_chunks()
@@ -523,8 +558,16 @@ def _last_quarter(iteration: int) -> dict[str, float]:
     }
 
 
-def _registry(params: Params) -> Registry | None:
-    """None where mlflow is not installed, as on a bare machine that only trains."""
+def _warn(warning: str | None, iteration: int, registry: Registry | None) -> None:
+    if warning is None:
+        return
+    print(f"warning: iteration {iteration}: {warning}", flush=True)
+    if registry:
+        registry.warn(iteration, warning)
+
+
+def open_registry(params: Params) -> Registry | None:
+    """MLflow; None where it is not installed, as on a bare machine that only trains."""
     try:
         from tpaw_core.registry import Registry
     except ImportError as error:
@@ -537,11 +580,10 @@ def _registry(params: Params) -> Registry | None:
 
 
 @contextmanager
-def _recorded(params: Params, iteration: int) -> Iterator[tuple[Registry | None, OnLog]]:
-    """A registry and an ``on_log`` that sends training metrics to the iteration's run a few entries at a time."""
-    registry = _registry(params)
+def _recorded(registry: Registry | None, iteration: int) -> Iterator[OnLog]:
+    """An ``on_log`` that sends training metrics to the iteration's run a few entries at a time."""
     if registry is None:
-        yield None, lambda step, metrics: None
+        yield lambda step, metrics: None
         return
     run = registry.iteration(iteration)
     waiting: list[tuple[int, dict[str, float]]] = []
@@ -555,5 +597,5 @@ def _recorded(params: Params, iteration: int) -> Iterator[tuple[Registry | None,
         if len(waiting) >= 10:
             flush()
 
-    yield registry, on_log
+    yield on_log
     flush()

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from tpaw_core.errors import TpawError
 from tpaw_core.logps import response_logps
-from tpaw_core.objective import Losses, tpaw_loss
+from tpaw_core.objective import Losses, dpo_nll_loss, space_loss, spin_loss, tpaw_loss, tspin_loss
 from tpaw_core.packing import Ids, Pack, Tree
 from tpaw_core.progress import Progress
 from tpaw_core.ragged import Ragged
@@ -44,10 +44,14 @@ class Group(NamedTuple):
     players_chosen: list[float]  # [K]  log pi_j(y|x)
     players_rejected: list[list[float]]  # [n, K]  log pi_j(g|x)
     beta: list[list[float]]  # [n, K]
+    first_ids: Ids | None = None  # checkpoint 0's answer, where the objective asks for it
 
 
 class Groups(Sequence[Group]):
-    """Rows with their n responses and K players; a group is made when it is asked for."""
+    """Rows with their n responses and K players; a group is made when it is asked for.
+
+    ``first``: checkpoint 0's answers.  ``drop_equal``: without the responses that equal their target.
+    """
 
     def __init__(
         self,
@@ -57,21 +61,28 @@ class Groups(Sequence[Group]):
         players_chosen: NDArray[np.float64],  # [rows, K]
         players_rejected: NDArray[np.float64],  # [n, rows, K]
         beta: NDArray[np.float64],  # [n, rows, K]
+        *,
+        first: Ragged | None = None,
+        drop_equal: bool = False,
     ) -> None:
         self.prompts, self.chosen, self.rejected = prompts, chosen, rejected
+        self.first, self.drop_equal = first, drop_equal
         self.players_chosen, self.players_rejected, self.beta = players_chosen, players_rejected, beta
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, row: Any) -> Any:
+        chosen, rejected = self.chosen[row], [ids[row] for ids in self.rejected]
+        kept = [n for n, ids in enumerate(rejected) if not (self.drop_equal and ids == chosen)]
         return Group(
             self.prompts[row],
-            self.chosen[row],
-            [ids[row] for ids in self.rejected],
+            chosen,
+            [rejected[n] for n in kept],
             self.players_chosen[row].tolist(),
-            self.players_rejected[:, row].tolist(),
-            self.beta[:, row].tolist(),
+            self.players_rejected[kept, row].tolist(),
+            self.beta[kept, row].tolist(),
+            None if self.first is None else self.first[row],
         )
 
 
@@ -81,6 +92,9 @@ class Triplets(NamedTuple):
     pack: Pack
     chosen: Tensor  # [T] which response is the triplet's target
     rejected: Tensor  # [T] which is its answer
+    first: Tensor  # [T] which is checkpoint 0's answer; the triplet's own answer where the objective has none
+    chosen_tokens: Tensor  # [T]
+    rejected_tokens: Tensor  # [T]
     players_chosen: Tensor  # [T, K]
     players_rejected: Tensor  # [T, K]
     beta: Tensor  # [T, K]
@@ -96,25 +110,30 @@ class Targets(NamedTuple):
 
 def tree(group: Group) -> Tree:
     """The prompt with each distinct response once: equal ones are not computed again."""
-    return group.prompt_ids, list({tuple(ids): ids for ids in (group.chosen_ids, *group.rejected_ids)}.values())
+    responses = [group.chosen_ids, *group.rejected_ids, *([] if group.first_ids is None else [group.first_ids])]
+    return group.prompt_ids, list({tuple(ids): ids for ids in responses}.values())
 
 
 def triplets(groups: Sequence[Group], pack: Packer, of: int) -> Triplets:
     """A part of a batch of ``of`` groups."""
-    trees = [tree(group) for group in groups]
-    chosen, rejected, before = [], [], 0
+    trees, players = [tree(group) for group in groups], len(groups[0].players_chosen)
+    chosen, rejected, first, before = [], [], [], 0
     for group, (_, responses) in zip(groups, trees, strict=True):
         rows = {tuple(ids): before + row for row, ids in enumerate(responses)}
         chosen += [rows[tuple(group.chosen_ids)]] * len(group.rejected_ids)
         rejected += [rows[tuple(ids)] for ids in group.rejected_ids]
+        first += [rows[tuple(ids if group.first_ids is None else group.first_ids)] for ids in group.rejected_ids]
         before += len(responses)
     return Triplets(
         pack(trees),
-        torch.tensor(chosen),
-        torch.tensor(rejected),
-        torch.tensor([group.players_chosen for group in groups for _ in group.rejected_ids]),
-        torch.tensor([row for group in groups for row in group.players_rejected]),
-        torch.tensor([row for group in groups for row in group.beta]),
+        torch.tensor(chosen, dtype=torch.int64),
+        torch.tensor(rejected, dtype=torch.int64),
+        torch.tensor(first, dtype=torch.int64),
+        torch.tensor([len(group.chosen_ids) for group in groups for _ in group.rejected_ids]),
+        torch.tensor([len(ids) for group in groups for ids in group.rejected_ids]),
+        torch.tensor([group.players_chosen for group in groups for _ in group.rejected_ids]).view(-1, players),
+        torch.tensor([row for group in groups for row in group.players_rejected]).view(-1, players),
+        torch.tensor([row for group in groups for row in group.beta]).view(-1, players),
         of,
     )
 
@@ -134,6 +153,7 @@ class _Trainer(Trainer):
         return inputs  # accelerate has brought them to the device
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        self.state.num_input_tokens_seen += sum(part.pack.inputs["input_ids"].numel() for part in inputs)
         return torch.stack([super(_Trainer, self).training_step(model, part) for part in inputs]).sum()
 
     def count(self, rows: int, means: dict[str, Tensor]) -> None:
@@ -146,6 +166,7 @@ class _Trainer(Trainer):
             share = torch.tensor(rows, dtype=torch.float64) / sum(rows)
             logs[name] = (torch.stack(values).double().cpu() * share).sum().item()
         self._means.clear()
+        logs["tokens"] = self.state.num_input_tokens_seen  # computed, each shared prompt once
         super().log(logs, *args, **kwargs)
 
 
@@ -162,10 +183,12 @@ class SftTrainer(_Trainer):
 class SelfPlayTrainer(_Trainer):
     """E over triplets of the TPAW loss; the model's forward pass is one, however large the team."""
 
-    def __init__(self, *, objective: Objective, triplets_per_group: float, **options: Any) -> None:
+    def __init__(
+        self, *, objective: Objective, triplets_per_group: float, tokens_per_target: float, **options: Any
+    ) -> None:
         super().__init__(**options)
         self.objective: Objective = objective
-        self.triplets_per_group = triplets_per_group
+        self.triplets_per_group, self.tokens_per_target = triplets_per_group, tokens_per_target
 
     def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
         inputs = cast(Triplets, inputs)
@@ -173,19 +196,34 @@ class SelfPlayTrainer(_Trainer):
         chosen, rejected = logps[inputs.chosen], logps[inputs.rejected]
         # Scoring packs differently: without this, P_{t-1} = 0 at the first step would fall on either side by rounding.
         same = (chosen.detach()[:, None] - inputs.players_chosen).abs() <= 1e-5 * inputs.players_chosen.abs()
-        players_chosen = torch.where(same, chosen.detach()[:, None], inputs.players_chosen)
-        losses = tpaw_loss(
-            chosen,
-            rejected,
-            players_chosen,
-            inputs.players_rejected,
-            inputs.beta,
-            scale=self.objective.lambda_,
-            eta=self.objective.eta,
-        )
-        self.count(len(chosen), reward_means(losses, inputs.beta, chosen, rejected))
+        inputs = inputs._replace(players_chosen=torch.where(same, chosen.detach()[:, None], inputs.players_chosen))
+        losses = self.losses(chosen, rejected, logps[inputs.first], inputs)
+        if len(chosen):
+            self.count(len(chosen), reward_means(losses, inputs.beta, chosen, rejected))
         # A constant divisor keeps one batch of eight equal to eight of one, however triplets fall into them.
         return losses.loss.sum() / (inputs.groups * self.triplets_per_group)
+
+    def losses(self, chosen: Tensor, rejected: Tensor, first: Tensor, inputs: Triplets) -> Losses:
+        """What the objective makes of log pi_theta of targets, answers and checkpoint 0's answers, [T] each."""
+        objective = self.objective
+        scale, players = objective.lambda_, (inputs.players_chosen, inputs.players_rejected)
+        match objective.name:
+            case "spin":
+                return spin_loss(chosen, rejected, *players, scale=scale)
+            case "dpo_nll":
+                return dpo_nll_loss(chosen, rejected, *players, inputs.chosen_tokens, scale=scale)
+            case "space":
+                return space_loss(chosen, rejected, *players, scale=scale)
+            case "tspin":
+                history = objective.history
+                return tspin_loss(chosen, rejected, first, *players, scale=scale, history=history)
+        if objective.per_token:
+            by_chosen, by_rejected = (
+                self.tokens_per_target / n for n in (inputs.chosen_tokens, inputs.rejected_tokens)
+            )
+            chosen, rejected = chosen * by_chosen, rejected * by_rejected
+            players = players[0] * by_chosen[:, None], players[1] * by_rejected[:, None]
+        return tpaw_loss(chosen, rejected, *players, inputs.beta, scale=scale, eta=objective.eta)
 
 
 def reward_means(losses: Losses, beta: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
@@ -263,7 +301,8 @@ def self_play(
         return _run(
             SelfPlayTrainer(
                 objective=objective,
-                triplets_per_group=sum(len(group.rejected_ids) for group in groups) / len(groups),
+                triplets_per_group=max(1, sum(len(group.rejected_ids) for group in groups)) / len(groups),
+                tokens_per_target=sum(len(group.chosen_ids) for group in groups) / len(groups),
                 model=model,
                 args=_arguments(settings, seed, state, len(groups)),
                 train_dataset=groups,

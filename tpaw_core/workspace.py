@@ -20,6 +20,7 @@ STATE = Path(".tpaw")  # local state of services, training and the score store; 
 DATA = Path("data")
 TRAIN_ROWS = DATA / "train.jsonl"
 HELDOUT_ROWS = DATA / "heldout.jsonl"
+VALIDATION_ROWS = DATA / "validation.jsonl"  # where data.validation_rows asks for it
 SCORES = STATE / "scores"
 TRAINING_STATE = STATE / "training"
 FLOW_SECONDS = STATE / "flow_seconds.json"  # what each stage of the last flow run took

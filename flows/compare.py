@@ -1,0 +1,58 @@
+"""The flow `tpaw-compare`: a study of methods side by side. Deployment: `tpaw-compare/compare`.
+
+Knows how to start a study and to show its report; must not know what a study does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+
+from flows import dvc
+from tpaw_core import config
+
+
+@task
+def run_study(arguments: list[str]) -> None:
+    dvc.run("tpaw", "compare", *arguments)
+
+
+@task
+def show_report(folder: Path) -> None:
+    """The report as a Markdown artifact, and where the page with the plots lies."""
+    text, _, _ = (folder / "report.md").read_text(encoding="utf-8").partition("## Plots")
+    page = (folder / "report.html").resolve()
+    create_markdown_artifact(f"{text}\n\nWith plots: {page.as_uri()}, and in MLflow's experiment `tpaw-compare`.",
+                             key="tpaw-compare", description="Methods side by side")  # fmt: skip
+
+
+@flow(name="tpaw-compare", log_prints=True)
+def compare(
+    recipe: str | None = None,
+    methods: list[str] | None = None,
+    seeds: str | None = None,
+    rates: str | None = None,
+    iterations: int | None = None,
+    overrides: list[str] | None = None,
+    folder: str | None = None,
+) -> None:
+    """Compare self-play methods on a recipe.
+
+    Args:
+        recipe: a recipe's name; left out, the active params.yaml.
+        methods: names that `tpaw compare` knows, or "mine:objective.eta=2"; left out: tpaw, spin and sft.
+        seeds: "1-5" or "1,2,7".
+        rates: learning rates that every method tries, "1e-4,3e-4".
+        iterations: how far to go.
+        overrides: "section.key=value" entries for all methods.
+        folder: where the study lies; left out, studies/RECIPE.
+    """
+    home = Path(folder) if folder else Path("studies") / (Path(recipe).stem if recipe else config.load().recipe)
+    options = {"--seeds": seeds, "--rates": rates, "--iterations": iterations, "--folder": home}
+    arguments = [recipe] if recipe else []
+    arguments += [part for name, value in options.items() if value is not None for part in (name, str(value))]
+    arguments += [part for method in methods or [] for part in ("--method", method)]
+    run_study([*arguments, *(overrides or [])])
+    show_report(home)

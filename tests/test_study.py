@@ -1,0 +1,281 @@
+"""A study through the command line: real models, tiny; one that the tests share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+from mlflow import MlflowClient
+
+TINY = [
+    "model.scratch.hidden_size=32",
+    "model.scratch.num_hidden_layers=1",
+    "model.scratch.num_attention_heads=2",
+    "model.scratch.intermediate_size=64",
+    "data.max_train_rows=32",
+    "data.max_heldout_rows=24",
+    "sft.num_train_epochs=4",
+    "training.per_device_train_batch_size=4",
+    "training.logging_steps=2",
+    "training.save_steps=2",
+]
+OPTIONS = [
+    "--seeds",
+    "1-2",
+    "--rates",
+    "1e-3,1e-2",
+    "--iterations",
+    "2",
+    "--validation-rows",
+    "8",
+    "--tuning-seeds",
+    "1",
+]
+METHODS = ["--method", "tpaw", "--method", "spin", "--method", "sft"]
+COLUMNS = ["task", "method", "seed", "iteration", "accuracy", "stderr", "target_reward", "seconds"]
+
+
+class Project:
+    """A folder with the pipeline in it."""
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        self.folder = folder
+        shutil.copy(root / "dvc.yaml", folder / "dvc.yaml")
+        shutil.copytree(root / "recipes", folder / "recipes")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_TRACKING", "TPAW_"))}
+        self.environment = {**kept, "OMP_NUM_THREADS": "1"}
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "tpaw_core", "compare", *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=pipe, stderr=pipe, text=True)
+
+    def compare(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments)
+        out, err = process.communicate()
+        assert not check or process.returncode == 0, f"{out}\n{err}"
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def study(self, name: str = "demo") -> Path:
+        return self.folder / "studies" / name
+
+    def made(self, name: str = "demo") -> dict[str, int]:
+        """What is kept of finished stages, with the time it was made."""
+        folders = [path for path in (self.study(name) / "made").iterdir() if path.is_dir()]
+        return {path.name: (path / "seconds").stat().st_mtime_ns for path in folders}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Project:
+    """After a study of three methods, two seeds and two iterations, that chooses the rate on the first seed."""
+    made = Project(tmp_path_factory.mktemp("study"), root)
+    made.compare("demo", *METHODS, *OPTIONS, *TINY)
+    return made
+
+
+def results(project: Project, name: str = "demo") -> pd.DataFrame:
+    return pd.read_csv(project.study(name) / "results.csv")
+
+
+def test_every_method_and_seed_has_a_row_an_iteration(project: Project) -> None:
+    found = results(project)
+    assert set(COLUMNS) <= set(found.columns)
+    counts = found.groupby(["method", "seed"])["iteration"].apply(list)
+    assert all(iterations == [0, 1, 2] for iterations in counts)
+    assert len(counts) == 6
+    assert found["accuracy"].between(0, 1).all()
+    assert (found["task"] == "demo").all()
+    assert (found[found["iteration"] == 2]["seconds"] > 0).all()
+    assert (found[found["iteration"] == 2]["tokens"] > 0).all()
+    learnt = found[(found["method"] != "sft") & (found["iteration"] > 0)]
+    assert learnt[["target_reward", "equal"]].notna().all(axis=None)
+
+
+def test_the_rate_is_the_best_on_validation_rows_and_only_the_tuning_seed_runs_at_all(project: Project) -> None:
+    grid = pd.read_csv(project.study() / "grid.csv")
+    last = grid[grid["iteration"] == 2]
+    assert sorted(last[last["seed"] == 1].groupby("method").size()) == [2, 2, 2]
+    assert sorted(last[last["seed"] == 2].groupby("method").size()) == [1, 1, 1]
+    for _, own in last[last["seed"] == 1].groupby("method"):
+        best = own.sort_values(["validation", "learning_rate"], ascending=[False, True]).iloc[0]
+        assert best["chosen"]
+    assert last[last["seed"] == 2]["chosen"].all()
+
+
+def test_methods_of_one_seed_share_the_sft_model_and_its_answers(project: Project) -> None:
+    cells = [path for path in (project.study() / "cells").glob("*/*/1") if path.parts[-3] != "sft"]
+    assert len(cells) == 4
+    for name in ("checkpoints/0/model.safetensors", "synthetic/1.parquet"):
+        assert len({(cell / name).stat().st_ino for cell in cells}) == 1
+    found = results(project)
+    first = found[found["iteration"] == 0].groupby("seed")["accuracy"]
+    assert (first.nunique() == 1).all()
+
+
+def test_seeds_differ(project: Project) -> None:
+    cell = next((project.study() / "cells" / "tpaw").iterdir())
+    heldout = {
+        (project.study() / "cells" / "tpaw" / cell.name / s / "data" / "heldout.jsonl").read_text() for s in "12"
+    }
+    assert len(heldout) == 2
+
+
+def test_validation_rows_are_neither_trained_on_nor_reported(project: Project) -> None:
+    (data,) = {cell / "data" for cell in list((project.study() / "cells").glob("tpaw/*/1"))[:1]}
+    rows = {
+        name: {json.loads(line)["prompt_id"] for line in (data / f"{name}.jsonl").read_text().splitlines()}
+        for name in ("train", "validation", "heldout")
+    }
+    assert [len(rows[name]) for name in rows] == [32, 8, 16]
+    assert not rows["train"] & rows["validation"] | rows["validation"] & rows["heldout"]
+
+
+def test_again_nothing_is_made_and_the_report_has_the_same_bytes(project: Project) -> None:
+    before, study = project.made(), project.study()
+    files = {name: (study / name).read_bytes() for name in ("results.csv", "report.md", "report.html")}
+    out = project.compare("demo", *METHODS, *OPTIONS, *TINY).stdout
+    assert project.made() == before
+    assert {name: (study / name).read_bytes() for name in files} == files
+    assert "| tpaw |" in out.replace("  ", "")
+
+
+def test_another_seed_is_one_more_option(project: Project, tmp_path: Path, root: Path) -> None:
+    before = project.made()
+    project.compare("--folder", "studies/demo", "--seeds", "1-3")
+    found = results(project)
+    assert sorted(found["seed"].unique()) == [1, 2, 3]
+    after = project.made()
+    assert before.items() <= after.items()
+    project.compare("--folder", "studies/demo", "--seeds", "1-2")
+    assert sorted(results(project)["seed"].unique()) == [1, 2]
+
+
+def test_a_killed_study_repeats_no_finished_stage_and_ends_with_the_same_bytes(
+    project: Project, tmp_path: Path, root: Path
+) -> None:
+    other = Project(tmp_path, root)
+    arguments = ("demo", "--method", "tpaw", *OPTIONS[:2], "--rates", "1e-3", *OPTIONS[4:], *TINY)
+    process = other.start(*arguments)
+    made = other.study() / "made"
+    while len(list(made.glob("*/seconds"))) < 5:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    before = other.made()
+    assert len(before) >= 5
+    other.compare(*arguments)
+    after = other.made()
+    assert before.items() <= after.items()
+    assert len(after) > len(before)
+    # Equal bytes: the same cells, run without a break in another folder.
+    for seed in "12":
+        ours, theirs = (p.study() / "cells" / "tpaw" / "0.001" / seed / "checkpoints" / "2" for p in (other, project))
+        if theirs.exists():
+            digests = [hashlib.sha256((f / "model.safetensors").read_bytes()).hexdigest() for f in (ours, theirs)]
+            assert digests[0] == digests[1]
+
+
+def test_a_method_that_breaks_is_told_and_the_others_go_on(project: Project) -> None:
+    out = project.compare(
+        "demo", "--method", "tpaw", "--method", "broken:training.max_grad_norm=0,training.optim=sgd",
+        "--seeds", "1", "--rates", "1e-3,1e30", "--iterations", "1", "--validation-rows", "8",
+        "--folder", "studies/broken", *TINY,
+    ).stdout  # fmt: skip
+    assert "stopped: broken, rate 1e+30, seed 1: train@1: training:" in out
+    assert "not finite by step" in out
+    found = results(project, "broken")
+    assert sorted(found[found["iteration"] == 1]["method"]) == ["broken", "tpaw"]
+    assert "Runs that stopped" in (project.study("broken") / "report.html").read_text()
+
+
+class Page(HTMLParser):
+    """Counts what a page holds, and checks that its tags are closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.counts: dict[str, int] = {}
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        self.links += [value or "" for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "br", "link", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_has_everything_in_it(project: Project) -> None:
+    page = Page((project.study() / "report.html").read_text())
+    assert page.open == []
+    assert page.counts["svg"] == 10
+    assert page.counts["h3"] == 6  # claims
+    assert not [link for link in page.links if link.startswith(("http", "//"))]
+
+
+def test_the_markdown_shows_the_same_table_and_its_plots_exist(project: Project) -> None:
+    text = (project.study() / "report.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| tpaw |"))
+    assert row.count("|") == 8
+    final = results(project)
+    final = final[(final["method"] == "tpaw") & (final["iteration"] == 2)]["accuracy"].mean()
+    assert f"{100 * final:.1f} [" in row
+    for line in text.splitlines():
+        if line.startswith("!["):
+            assert (project.study() / line.split("(")[1].rstrip(")")).exists()
+
+
+def test_mlflow_has_a_run_a_cell_under_the_studys(project: Project) -> None:
+    client = MlflowClient(f"sqlite:///{project.folder / '.tpaw' / 'mlflow' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("tpaw-compare").experiment_id
+    runs = client.search_runs([experiment], "tags.`mlflow.runName` = 'demo'")
+    assert len(runs) == 1
+    cells = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{runs[0].info.run_id}'")
+    first_two = [run for run in cells if run.data.params["seed"] in "12"]
+    assert len(first_two) == 9
+    assert {run.data.params["method"] for run in first_two} == {"tpaw", "spin", "sft"}
+    assert all("iterations/accuracy" in run.data.metrics for run in cells)
+    history = client.get_metric_history(first_two[0].info.run_id, "iterations/accuracy")
+    assert [point.step for point in history] == [0, 1, 2]
+    assert {a.path for a in client.list_artifacts(runs[0].info.run_id)} >= {"report.html", "results.csv", "plots"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["demo", "--method", "spim"], "method 'spim': unknown"),
+        (["demo", "--seeds", "a-b"], "--seeds 'a-b': write them as 1-5"),
+        (["demo", "--rates", "fast"], "--rates 'fast': write them as 1e-4"),
+        (["dema"], "recipe 'dema': no such recipe (did you mean 'demo'?)"),
+        (["demo", "objective.etaa=3"], "did you mean 'eta'?"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_made(
+    arguments: list[str], said: str, project: Project
+) -> None:
+    done = project.compare(*arguments, "--folder", "studies/none", check=False)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert not project.study("none").exists()

@@ -1,0 +1,42 @@
+"""Early warnings: figures of an iteration which say that going on as before will not help, and what to do instead.
+
+Numbers in, sentences out. The limits follow from docs/settings.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+MOSTLY_EQUAL = 0.9
+NEWEST_TARGET = "players/0/rewards/chosen"
+
+
+def of_answers(equal: float) -> str | None:
+    """``equal``: the share of an iteration's answers that equal their target."""
+    if equal <= MOSTLY_EQUAL:
+        return None
+    return (
+        f"{equal:.0%} of the answers equal their target, so there is little to tell apart: raise "
+        "generation.temperature, start from fewer sft.num_train_epochs, or give rows the model has not learnt by heart"
+    )
+
+
+def of_training(log: Sequence[Mapping[str, float]]) -> str | None:
+    """``log``: an iteration's training log. Warns where targets have become less likely than before the iteration.
+
+    The reward of targets under the newest player starts at 0; it has fallen where its mean over the last quarter of the
+    log lies more than two standard errors below.
+    """
+    values = [entry[NEWEST_TARGET] for entry in log if NEWEST_TARGET in entry]
+    values = values[-max(2, len(values) // 4) :]
+    if len(values) < 2:
+        return None
+    mean = math.fsum(values) / len(values)
+    error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+    if mean >= -2 * error:
+        return None
+    return (
+        f"the target reward has fallen to {mean:.3g}: targets are less likely than before this iteration. Lower "
+        "training.learning_rate or raise objective.eta, and go back to the checkpoint before"
+    )

@@ -1,0 +1,122 @@
+"""The report of a study: one page in HTML with everything in it, the same in Markdown with its plots, and CSV files.
+
+Reads a study's results; must not run anything.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from tpaw_core import claims, intervals, plots, report, study
+from tpaw_core.intervals import Interval
+from tpaw_core.methods import METHODS
+from tpaw_core.study import Plan
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BASELINES = ("spin", "sft")
+
+
+class Row(NamedTuple):
+    """A method's line in the table: accuracy by iteration, and its paired differences at the end."""
+
+    method: str
+    learning_rate: float
+    accuracy: list[Interval]
+    differences: dict[str, Interval | None]
+
+
+def write(plan: Plan, folder: Path, results: pd.DataFrame) -> None:
+    """results.csv, grid.csv, report.html, report.md and plots/ into the study's folder."""
+    chosen = results[results["chosen"]]
+    chosen.drop(columns=["chosen", "learning_rate"]).to_csv(folder / "results.csv", index=False)
+    results.to_csv(folder / "grid.csv", index=False)
+    drawn = plots.draw(plan, folder, results)
+    (folder / "plots").mkdir(exist_ok=True)
+    for name, plot in drawn.items():
+        (folder / "plots" / f"{name}.svg").write_text(plot.svg, encoding="utf-8")
+    for kind in ("html", "md"):
+        environment = Environment(
+            loader=FileSystemLoader(Path(__file__).parent),
+            autoescape=kind == "html",
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        environment.filters |= {"points": points, "signed": signed, "number": number}
+        text = environment.get_template(f"comparison.{kind}").render(
+            plan=plan,
+            rows=rows(plan, chosen),
+            baselines=[name for name in BASELINES if name in plan.methods],
+            claims=claims.judge(results),
+            plots=drawn,
+            failures=study.failures(plan, folder),
+            sources={name: METHODS[name].source if name in METHODS else "" for name in plan.methods},
+            heldout=_heldout(chosen),
+        )
+        (folder / f"report.{kind}").write_text(text, encoding="utf-8")
+
+
+def table(plan: Plan, results: pd.DataFrame) -> str:
+    """The headline table as text."""
+    names = [name for name in BASELINES if name in plan.methods]
+    head = ["method", "rate", "SFT", *(f"iteration {t}" for t in range(1, plan.iterations + 1))]
+    lines = [[*head, *(f"minus {name}" for name in names)]]
+    for row in rows(plan, results[results["chosen"]]):
+        accuracy = [points(interval) for interval in row.accuracy]
+        accuracy += ["-"] * (plan.iterations + 1 - len(accuracy))
+        lines.append([row.method, number(row.learning_rate), *accuracy, *(signed(row.differences[n]) for n in names)])
+    return "\n".join(report.aligned(lines))
+
+
+def rows(plan: Plan, chosen: pd.DataFrame) -> list[Row]:
+    """One row a method, in the plan's order; a method that never reached an iteration ends before it."""
+    found = []
+    for method in plan.methods:
+        own = chosen[chosen["method"] == method]
+        if own.empty:
+            continue
+        by_iteration = [study.by_seed(chosen, method, t) for t in range(plan.iterations + 1)]
+        last = by_iteration[-1]
+        differences = {
+            name: intervals.difference(last, other) if name != method and last.keys() & other.keys() else None
+            for name in BASELINES
+            if (other := study.by_seed(chosen, name, plan.iterations)) or name in plan.methods
+        }
+        accuracy = [intervals.mean(list(values.values())) for values in by_iteration if values]
+        found.append(Row(method, float(own["learning_rate"].iloc[0]), accuracy, differences))
+    return found
+
+
+def points(interval: Interval | None) -> str:
+    """An accuracy in percent with its interval."""
+    if interval is None:
+        return "-"
+    ends = "" if math.isnan(interval.low) else f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    return f"{100 * interval.mean:.1f}{ends}"
+
+
+def signed(interval: Interval | None, scale: float = 100.0) -> str:
+    """A difference with its interval, in points where ``scale`` is 100."""
+    if interval is None:
+        return "-"
+    digits = 1 if scale == 100 else 4
+    ends = (
+        ""
+        if math.isnan(interval.low)
+        else f" [{scale * interval.low:+.{digits}f}, {scale * interval.high:+.{digits}f}]"
+    )
+    return f"{scale * interval.mean:+.{digits}f}{ends}"
+
+
+def number(value: float) -> str:
+    return f"{value:g}"
+
+
+def _heldout(chosen: pd.DataFrame) -> str:
+    return "" if chosen.empty else f"{100 * chosen['stderr'].mean():.2f}"
