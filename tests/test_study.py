@@ -151,7 +151,31 @@ def test_again_nothing_is_made_and_the_report_has_the_same_bytes(project: Projec
     assert "| tpaw |" in out.replace("  ", "")
 
 
-def test_another_seed_is_one_more_option(project: Project, tmp_path: Path, root: Path) -> None:
+def test_the_csv_files_alone_are_enough_to_go_on(project: Project, tmp_path: Path, root: Path) -> None:
+    """On another machine: no cell is run again, and the report is the same."""
+    other, study = Project(tmp_path, root), project.study()
+    other.study().mkdir(parents=True)
+    for name in ("plan.json", "grid.csv", "steps.csv"):
+        shutil.copy(study / name, other.study() / name)
+    other.compare("--folder", "studies/demo")
+    assert not (other.study() / "made").exists()
+    for name in ("results.csv", "grid.csv", "steps.csv", "report.md", "report.html"):
+        assert (other.study() / name).read_bytes() == (study / name).read_bytes(), name
+
+
+def test_rows_made_under_other_parameters_do_not_count(project: Project, tmp_path: Path, root: Path) -> None:
+    other = Project(tmp_path, root)
+    other.study().mkdir(parents=True)
+    for name in ("grid.csv", "steps.csv"):
+        shutil.copy(project.study() / name, other.study() / name)
+    one = ("--method", "sft", "--seeds", "1", "--rates", "1e-3", *OPTIONS[4:], *TINY)
+    other.compare("demo", *one)
+    assert not (other.study() / "made").exists()
+    other.compare("demo", *one, "training.weight_decay=0.5")
+    assert (other.study() / "made").exists()
+
+
+def test_another_seed_is_one_more_option(project: Project) -> None:
     before = project.made()
     project.compare("--folder", "studies/demo", "--seeds", "1-3")
     found = results(project)

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from tpaw_core import intervals, study
+from tpaw_core import intervals
 from tpaw_core.intervals import Interval
+from tpaw_core.results import by_seed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,16 +63,16 @@ PARTS = {
 }
 
 
-def judge(results: pd.DataFrame) -> list[Claim]:
-    """The claims from the rows of `study.results` at each method's chosen rate."""
-    results = results[results["chosen"]]
-    last = int(results["iteration"].max())
+def judge(grid: pd.DataFrame) -> list[Claim]:
+    """The claims from a study's grid, each method at its chosen rate."""
+    grid = grid[grid["chosen"]]
+    last = int(grid["iteration"].max())
 
     def at(method: str, iteration: int = last, column: str = "accuracy") -> dict[int, float]:
-        return study.by_seed(results, method, iteration, column)
+        return by_seed(grid, method, iteration, column)
 
     def claim(name: str, text: str, needed: Sequence[str], made: dict[str, Sides]) -> Claim:
-        known = set(results["method"])
+        known = set(grid["method"])
         statements = [
             Statement(what, intervals.difference(ours, theirs))
             for what, (ours, theirs) in made.items()
@@ -106,7 +107,7 @@ def judge(results: pd.DataFrame) -> list[Claim]:
         ),
         Claim(
             "C3", "Without target weighting the target reward stays negative; with it, it ends positive", rewards,
-            [name for name in ("tpaw", "tpaw-no-target-weights") if name not in set(results["method"])],
+            [name for name in ("tpaw", "tpaw-no-target-weights") if name not in set(grid["method"])],
         ),
         claim("C4", "Each part, when removed, lowers the result; the team most", ["tpaw", *PARTS], parts),
         claim("C5", "More epochs of SFT on the same rows do not get there", ["tpaw", "sft"], minus("tpaw", "sft")),

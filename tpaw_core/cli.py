@@ -167,14 +167,15 @@ def compare(
     """Compare methods on a recipe, with seeds and intervals; what is made already is not made again."""
     from pathlib import Path
 
-    from tpaw_core import comparison, owner, study, study_record
+    from tpaw_core import comparison, owner, plan, study, study_record
+    from tpaw_core.results import failures
 
     given = list(overrides or [])
     if recipe is not None and "=" in recipe:
         given.insert(0, recipe)
         recipe = None
     owner.die_with_it()
-    home, plan = study.plan(
+    home, planned = plan.make(
         recipe,
         given,
         methods=methods,
@@ -185,12 +186,12 @@ def compare(
         validation_rows=validation_rows,
         folder=Path(folder) if folder else None,
     )
-    results = study.run(plan, home)
-    comparison.write(plan, home, results)
-    print(comparison.table(plan, results))
-    for cell, why in study.failures(plan, home).items():
+    results = study.run(planned, home)
+    comparison.write(planned, home, results)
+    print(comparison.table(planned, results))
+    for cell, why in failures(results.grid).items():
         print(f"stopped: {cell.method}, rate {cell.learning_rate:g}, seed {cell.seed}: {why}")
-    print(f"report: {home / 'report.html'}, MLflow run {study_record.record(plan, home, results)}")
+    print(f"report: {home / 'report.html'}, MLflow run {study_record.record(planned, home, results)}")
 
 
 @app.command()

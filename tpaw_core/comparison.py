@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from tpaw_core import claims, intervals, plots, report, study
+from tpaw_core import claims, intervals, plots, report
 from tpaw_core.intervals import Interval
 from tpaw_core.methods import METHODS
-from tpaw_core.study import Plan
+from tpaw_core.plan import Plan
+from tpaw_core.results import Results, by_seed, failures
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,12 +32,9 @@ class Row(NamedTuple):
     differences: dict[str, Interval | None]
 
 
-def write(plan: Plan, folder: Path, results: pd.DataFrame) -> None:
-    """results.csv, grid.csv, report.html, report.md and plots/ into the study's folder."""
-    chosen = results[results["chosen"]]
-    chosen.drop(columns=["chosen", "learning_rate"]).to_csv(folder / "results.csv", index=False)
-    results.to_csv(folder / "grid.csv", index=False)
-    drawn = plots.draw(plan, folder, results)
+def write(plan: Plan, folder: Path, results: Results) -> None:
+    """report.html, report.md and plots/ into the study's folder."""
+    drawn = plots.draw(plan, results)
     (folder / "plots").mkdir(exist_ok=True)
     for name, plot in drawn.items():
         (folder / "plots" / f"{name}.svg").write_text(plot.svg, encoding="utf-8")
@@ -51,23 +49,23 @@ def write(plan: Plan, folder: Path, results: pd.DataFrame) -> None:
         environment.filters |= {"points": points, "signed": signed, "number": number}
         text = environment.get_template(f"comparison.{kind}").render(
             plan=plan,
-            rows=rows(plan, chosen),
+            rows=rows(plan, results.chosen),
             baselines=[name for name in BASELINES if name in plan.methods],
-            claims=claims.judge(results),
+            claims=claims.judge(results.grid),
             plots=drawn,
-            failures=study.failures(plan, folder),
+            failures=failures(results.grid),
             sources={name: METHODS[name].source if name in METHODS else "" for name in plan.methods},
-            heldout=_heldout(chosen),
+            stderr=f"{100 * results.chosen['stderr'].mean():.2f}",
         )
         (folder / f"report.{kind}").write_text(text, encoding="utf-8")
 
 
-def table(plan: Plan, results: pd.DataFrame) -> str:
+def table(plan: Plan, results: Results) -> str:
     """The headline table as text."""
     names = [name for name in BASELINES if name in plan.methods]
     head = ["method", "rate", "SFT", *(f"iteration {t}" for t in range(1, plan.iterations + 1))]
     lines = [[*head, *(f"minus {name}" for name in names)]]
-    for row in rows(plan, results[results["chosen"]]):
+    for row in rows(plan, results.chosen):
         accuracy = [points(interval) for interval in row.accuracy]
         accuracy += ["-"] * (plan.iterations + 1 - len(accuracy))
         lines.append([row.method, number(row.learning_rate), *accuracy, *(signed(row.differences[n]) for n in names)])
@@ -81,12 +79,12 @@ def rows(plan: Plan, chosen: pd.DataFrame) -> list[Row]:
         own = chosen[chosen["method"] == method]
         if own.empty:
             continue
-        by_iteration = [study.by_seed(chosen, method, t) for t in range(plan.iterations + 1)]
+        by_iteration = [by_seed(chosen, method, t) for t in range(plan.iterations + 1)]
         last = by_iteration[-1]
         differences = {
             name: intervals.difference(last, other) if name != method and last.keys() & other.keys() else None
             for name in BASELINES
-            if (other := study.by_seed(chosen, name, plan.iterations)) or name in plan.methods
+            if (other := by_seed(chosen, name, plan.iterations)) or name in plan.methods
         }
         accuracy = [intervals.mean(list(values.values())) for values in by_iteration if values]
         found.append(Row(method, float(own["learning_rate"].iloc[0]), accuracy, differences))
@@ -116,7 +114,3 @@ def signed(interval: Interval | None, scale: float = 100.0) -> str:
 
 def number(value: float) -> str:
     return f"{value:g}"
-
-
-def _heldout(chosen: pd.DataFrame) -> str:
-    return "" if chosen.empty else f"{100 * chosen['stderr'].mean():.2f}"

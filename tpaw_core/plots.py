@@ -1,6 +1,6 @@
 """The plots of a study, as SVG: what a method reached, what its training did, what it cost.
 
-Reads a study's results and training logs; must not run anything.
+Reads a study's results; must not run anything.
 """
 
 from __future__ import annotations
@@ -8,15 +8,12 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from tpaw_core import intervals, study
+from tpaw_core import intervals
 from tpaw_core.intervals import Interval
-from tpaw_core.study import Cell, Plan
-
-if TYPE_CHECKING:
-    import pandas as pd
+from tpaw_core.plan import Plan
+from tpaw_core.results import Results, by_seed
 
 COLOURS = ["#2a6f97", "#c8553d", "#6a994e", "#8a5a9e", "#b8860b", "#4d4d4d", "#3aa6a0", "#d17a9c", "#7b5e42", "#5b7fd1"]
 STYLE: Any = {
@@ -51,7 +48,11 @@ TITLES = {  # name: title, what to see in it, axes
         "Share of the newest answers; a plain pair of equals teaches nothing.",
         (ITERATION, "share"),
     ),
-    "target_active": ("Share of alpha = eta", "How often the target weight acts.", (STEP, "share")),
+    "target_active": (
+        "Share of targets that are no likelier than under their players",
+        "Where the target reward is not positive: there target weighting acts.",
+        (STEP, "share"),
+    ),
     "players": ("Player weights", "Mean beta by player.", (STEP, "beta")),
     "cost_tokens": (
         "Cost: tokens",
@@ -72,22 +73,22 @@ class Plot(NamedTuple):
     svg: str
 
 
-def draw(plan: Plan, folder: Path, results: pd.DataFrame) -> dict[str, Plot]:
+def draw(plan: Plan, results: Results) -> dict[str, Plot]:
     """Those of TITLES that the results have figures for."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    drawing = _Drawing(plan, folder, results)
+    drawing = _Drawing(plan, results)
     draws: dict[str, Callable[[Any], None]] = {
         "accuracy": lambda axes: drawing.by_iteration(axes, "accuracy", 100),
         "rates": drawing.by_rate,
-        "target_reward": lambda axes: drawing.over_steps(axes, "rewards/chosen"),
+        "target_reward": lambda axes: drawing.over_steps(axes, "target_reward"),
         "target_logp": lambda axes: drawing.by_iteration(axes, "target_logp", first=1),
         "answer_logp": lambda axes: drawing.by_iteration(axes, "answer_logp", first=1),
         "equal": lambda axes: drawing.by_iteration(axes, "equal", first=1),
-        "target_active": lambda axes: drawing.over_steps(axes, "weights/target_active"),
+        "target_active": lambda axes: drawing.over_steps(axes, "target_active"),
         "players": drawing.players,
         "cost_tokens": lambda axes: drawing.cost(axes, "tokens"),
         "cost_seconds": lambda axes: drawing.cost(axes, "seconds"),
@@ -111,9 +112,8 @@ def draw(plan: Plan, folder: Path, results: pd.DataFrame) -> dict[str, Plot]:
 class _Drawing:
     """Lines of each method, in one colour everywhere."""
 
-    def __init__(self, plan: Plan, folder: Path, results: pd.DataFrame) -> None:
-        self.plan, self.folder, self.results = plan, folder, results
-        self.chosen = results[results["chosen"]]
+    def __init__(self, plan: Plan, results: Results) -> None:
+        self.plan, self.grid, self.chosen, self.steps = plan, results.grid, results.chosen, results.steps
         self.look: dict[str, dict[str, Any]] = {
             method: {"color": COLOURS[n % len(COLOURS)], "ls": "-" if n < len(COLOURS) else "--", "label": method}
             for n, method in enumerate(plan.methods)
@@ -122,17 +122,17 @@ class _Drawing:
     def by_iteration(self, axes: Any, column: str, scale: float = 1.0, first: int = 0) -> None:
         iterations = range(first, self.plan.iterations + 1)
         for method in self.plan.methods:
-            values = [(t, study.by_seed(self.chosen, method, t, column)) for t in iterations]
+            values = [(t, by_seed(self.chosen, method, t, column)) for t in iterations]
             self._band(axes, [(t, intervals.mean([*v.values()])) for t, v in values if v], scale, method)
         axes.set_xticks(iterations)
 
     def by_rate(self, axes: Any) -> None:
-        tuned = self.results[self.results["seed"].isin(self.plan.seeds[: self.plan.tuning_seeds])]
+        tuned = self.grid[self.grid["seed"].isin(self.plan.seeds[: self.plan.tuning_seeds])]
         for method in self.plan.methods:
             line = []
             for rate in sorted(self.plan.learning_rates):
                 own = tuned[tuned["learning_rate"] == rate]
-                if values := study.by_seed(own, method, self.plan.iterations, "validation"):
+                if values := by_seed(own, method, self.plan.iterations, "validation"):
                     line.append((rate, intervals.mean([*values.values()])))
             self._band(axes, line, 100, method, marker="o", ms=3)
         axes.set_xscale("log")
@@ -145,7 +145,7 @@ class _Drawing:
     def players(self, axes: Any) -> None:
         method = next((method for method in self.plan.methods if method.startswith("tpaw")), None)
         for k in range(len(COLOURS) if method else 0):
-            if any(line := self._steps(str(method), f"weights/player/{k}")):
+            if any(line := self._steps(str(method), f"player_{k}")):
                 label = f"{method}, player {k}{' (newest)' if k == 0 else ''}"
                 axes.plot(*line, lw=1.3, color=COLOURS[k], label=label)
 
@@ -164,19 +164,8 @@ class _Drawing:
             axes.fill_between(xs, low, high, color=self.look[method]["color"], alpha=0.1, lw=0)
 
     def _steps(self, method: str, name: str) -> tuple[list[float], list[float]]:
-        """A training metric at the chosen rate: the mean over seeds, iterations one after the other."""
-        own = self.chosen[self.chosen["method"] == method]
-        cells = [Cell(method, *pair) for pair in sorted({*zip(own["learning_rate"], own["seed"], strict=True)})]
-        xs: list[float] = []
-        ys: list[float] = []
-        offset = 0.0
-        for iteration in range(1, self.plan.iterations + 1):
-            points: dict[float, list[float]] = {}
-            for cell in cells:
-                for entry in study.training_log(cell.folder(self.folder), iteration):
-                    if name in entry:
-                        points.setdefault(entry["step"], []).append(entry[name])
-            xs += [offset + step for step in sorted(points)]
-            ys += [math.fsum(points[step]) / len(points[step]) for step in sorted(points)]
-            offset = xs[-1] if xs else 0.0
-        return xs, ys
+        """What training logged, the mean over seeds."""
+        if name not in self.steps:
+            return [], []
+        own = self.steps[self.steps["method"] == method].dropna(subset=[name]).groupby("step")[name].mean()
+        return list(own.index), list(own)

@@ -11,23 +11,24 @@ from typing import TYPE_CHECKING
 from mlflow.entities import Metric, Param, Run
 
 from mlflow import MlflowClient
-from tpaw_core import config, registry, study
-from tpaw_core.study import Cell, Plan
+from tpaw_core import config, registry
+from tpaw_core.plan import PLAN_FILE, Cell, Plan
+from tpaw_core.results import KEY, Results, training_log
 
 if TYPE_CHECKING:
     import pandas as pd
 
 EXPERIMENT = "tpaw-compare"
-FILES = ("report.html", "report.md", "results.csv", "grid.csv", study.PLAN_FILE)
+FILES = ("report.html", "report.md", "results.csv", "grid.csv", PLAN_FILE)
 
 
-def record(plan: Plan, folder: Path, results: pd.DataFrame) -> str:
+def record(plan: Plan, folder: Path, results: Results) -> str:
     """Bring the study's runs up to date; gives the id of its run."""
     client, found = registry.connect(EXPERIMENT)
     experiment = found.experiment_id
     parent = _run(client, experiment, {"tpaw.study": str(folder.resolve())}, folder.name)
     run_id = parent.info.run_id
-    for key, rows in results.groupby(["method", "learning_rate", "seed"]):
+    for key, rows in results.grid.groupby(KEY):
         cell = Cell(*key)
         _record_cell(client, experiment, run_id, plan, folder, cell, rows)
     for name in FILES:
@@ -51,7 +52,7 @@ def _record_cell(
     settings |= {f"objective.{k}": v for k, v in params.objective.model_dump(by_alias=True).items()}
     settings |= {f"team.{k}": v for k, v in params.team.model_dump().items()}
     client.log_batch(run_id, params=[Param(key, str(value)) for key, value in settings.items()])
-    columns = rows.drop(columns=["task", "method", "learning_rate", "seed", "iteration", "chosen"])
+    columns = rows.drop(columns=["task", *KEY, "iteration", "chosen", "stopped", "params"])
     metrics = [
         Metric(f"iterations/{column}", float(value), 0, int(iteration))
         for iteration, row in zip(rows["iteration"], columns.to_dict("records"), strict=True)
@@ -60,7 +61,7 @@ def _record_cell(
     ]
     offset = 0
     for iteration in range(1, plan.iterations + 1):
-        log = study.training_log(cell.folder(folder), iteration)
+        log = training_log(cell.folder(folder), iteration)
         for entry in log:
             step = offset + int(entry["step"])
             metrics += [Metric(key, value, 0, step) for key, value in entry.items() if key not in ("step", "epoch")]

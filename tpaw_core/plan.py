@@ -1,0 +1,125 @@
+"""The plan of a study: methods, seeds, learning rates, and the cells they make."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import Field
+
+from tpaw_core import config
+from tpaw_core.config import Count, Params, Positive, Section
+from tpaw_core.errors import TpawError
+from tpaw_core.methods import find as find_methods
+
+PLAN_FILE = "plan.json"
+
+
+class Plan(Section):
+    """What a study runs; <folder>/plan.json."""
+
+    recipe: str
+    methods: dict[str, list[str]]  # name -> overrides
+    seeds: list[int]
+    learning_rates: list[Positive]
+    iterations: Count
+    tuning_seeds: Count  # the first so many seeds run at every rate; the others at the rate that was best on them
+    validation_rows: Count  # held-out rows that choose the rate, and are not reported
+    overrides: list[str] = Field(default_factory=list)  # for all methods; {seed} stands for the seed
+
+    def cells(self, rates: Iterable[float], seeds: Iterable[int]) -> list[Cell]:
+        """Seeds first: what cells of one seed have in common is then made while others work."""
+        return [Cell(method, rate, seed) for method in self.methods for rate in rates for seed in seeds]
+
+    def params(self, cell: Cell) -> Params:
+        """The parameters of a cell.
+
+        Raises TpawError where the recipe and the method's overrides make none.
+        """
+        own = [
+            *self.overrides,
+            *self.methods[cell.method],
+            f"seed={cell.seed}",
+            f"training.learning_rate={cell.learning_rate}",
+            f"data.validation_rows={self.validation_rows}",
+            "evaluation.tasks=[heldout, validation]",
+        ]
+        late = tuple(f"iterations.{t}." for t in range(self.iterations + 1, 100))
+        own = [entry.replace("{seed}", str(cell.seed)) for entry in own if not entry.startswith(late)]
+        params, _ = config.resolve(self.recipe, own, self.iterations)
+        kept = {key: entry for key, entry in params.iterations.items() if int(key) <= self.iterations}
+        return params.model_copy(update={"iterations": kept})
+
+
+class Cell(NamedTuple):
+    method: str
+    learning_rate: float
+    seed: int
+
+    def folder(self, study: Path) -> Path:
+        return study / "cells" / self.method / f"{self.learning_rate:g}" / str(self.seed)
+
+
+def make(
+    recipe: str | None,
+    overrides: list[str],
+    *,
+    methods: list[str] | None,
+    seeds: str | None,
+    learning_rates: str | None,
+    folder: Path | None,
+    **numbers: int | None,
+) -> tuple[Path, Plan]:
+    """The folder and the plan of a study: what is given, else what the folder's plan says, else a default.
+
+    Raises TpawError for an unknown method, or text that is not seeds or rates.
+    """
+    if folder is None:
+        folder = Path("studies") / (Path(recipe).stem if recipe else config.load().recipe)
+    path = folder / PLAN_FILE
+    known = json.loads(path.read_text()) if path.exists() else {}
+    name = recipe or known.get("recipe") or str(config.PARAMS_FILE)
+    params, _ = config.resolve(name, [entry.replace("{seed}", "1") for entry in overrides])
+    rate = params.training.learning_rate
+    default = {
+        "methods": find_methods(["tpaw", "spin", "sft"]),
+        "seeds": [1, 2, 3],
+        "learning_rates": [float(f"{rate * factor:.3g}") for factor in (1 / 3, 1, 3)],
+        "iterations": len(params.iterations),
+        "tuning_seeds": 2,
+        "validation_rows": 500,
+    }
+    given = {
+        "recipe": name,
+        "overrides": overrides or None,
+        "methods": find_methods(methods) if methods else None,
+        "seeds": _seeds(seeds) if seeds else None,
+        "learning_rates": _rates(learning_rates) if learning_rates else None,
+        **numbers,
+    }
+    tree = {**default, **known, **{key: value for key, value in given.items() if value is not None}}
+    tree["tuning_seeds"] = min(tree["tuning_seeds"], len(tree["seeds"]))
+    return folder, Plan.model_validate(tree)
+
+
+def _seeds(text: str) -> list[int]:
+    """ "1-3,7" to [1, 2, 3, 7]."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise TpawError(f"--seeds {text!r}: write them as 1-5 or 1,2,7")
+        found += range(int(first), int(last or first) + 1)
+    return list(dict.fromkeys(found))
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < rate < float("inf") for rate in found):
+        raise TpawError(f"--rates {text!r}: write them as 1e-4,3e-4")
+    return found

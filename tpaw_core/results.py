@@ -1,0 +1,182 @@
+"""What came out of a study: a row a cell and checkpoint, and what training did by step; kept as CSV files.
+
+Cells that the files hold need not be run again, on whatever machine: a study grows by seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tpaw_core import config, data, workspace
+from tpaw_core.plan import Cell, Plan
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+GRID_FILE, STEPS_FILE = "grid.csv", "steps.csv"
+FAILURE_FILE, SECONDS = Path("failure.txt"), Path("seconds")
+KEY = ["method", "learning_rate", "seed"]
+
+
+class Results(NamedTuple):
+    grid: pd.DataFrame  # a row a cell and checkpoint; "chosen" at the method's best learning rate
+    steps: pd.DataFrame  # a row a logged step of the chosen cells
+
+    @property
+    def chosen(self) -> pd.DataFrame:
+        return self.grid[self.grid["chosen"]]
+
+
+def collect(plan: Plan, folder: Path) -> Results:
+    """What the cells of the plan have reached, from their folders or else from the study's CSV files."""
+    import pandas as pd
+
+    grid = pd.concat([_cell(plan, folder, cell) for cell in plan.cells(plan.learning_rates, plan.seeds)])
+    best = best_rates(plan, grid)
+    grid["chosen"] = [rate == best[method] for method, rate in zip(grid["method"], grid["learning_rate"], strict=True)]
+    cells = [Cell(*key) for key in grid[grid["chosen"]][KEY].drop_duplicates().itertuples(index=False)]
+    steps = pd.concat([_steps(plan, folder, cell) for cell in cells])
+    return Results(grid.reset_index(drop=True), steps.reset_index(drop=True))
+
+
+def write(folder: Path, results: Results) -> None:
+    """results.csv (each method at its best rate), grid.csv and steps.csv."""
+    tables = {
+        "results.csv": results.chosen.drop(columns=["chosen", "params", "stopped"]),
+        GRID_FILE: results.grid,
+        STEPS_FILE: results.steps,
+    }
+    for name, table in tables.items():
+        with workspace.publish(folder / name) as aside:
+            table.to_csv(aside, index=False)
+
+
+def finished(plan: Plan, folder: Path, cell: Cell) -> bool:
+    """Whether the study's files hold all of this cell, made under the same parameters."""
+    known = _known(plan, folder / GRID_FILE, cell)
+    return len(known) > 0 and (known["iteration"].max() == plan.iterations or known["stopped"].notna().any())
+
+
+def best_rates(plan: Plan, grid: pd.DataFrame) -> dict[str, float]:
+    """Each method's learning rate: the best mean on the validation rows at the end, over the tuning seeds.
+
+    A cell that stopped counts as 0; of equals, the lowest rate.
+    """
+    tuned = grid[grid["seed"].isin(plan.seeds[: plan.tuning_seeds]) & (grid["iteration"] == plan.iterations)]
+    sums = tuned.groupby(["method", "learning_rate"])["validation"].sum().to_dict()
+    rates = sorted(plan.learning_rates)
+    return {method: max(rates, key=lambda rate: sums.get((method, rate), 0.0)) for method in plan.methods}
+
+
+def by_seed(grid: pd.DataFrame, method: str, iteration: int, column: str = "accuracy") -> dict[int, float]:
+    """One column for a method and an iteration, by seed."""
+    found = grid[(grid["method"] == method) & (grid["iteration"] == iteration)].dropna(subset=[column])
+    return dict(zip(found["seed"], found[column], strict=True))
+
+
+def failures(grid: pd.DataFrame) -> dict[Cell, str]:
+    """The cells that stopped, and why."""
+    stopped = grid.dropna(subset=["stopped"]).drop_duplicates(KEY)
+    return {Cell(*row[:3]): row[3] for row in stopped[[*KEY, "stopped"]].itertuples(index=False)}
+
+
+def training_log(home: Path, iteration: int) -> list[dict[str, float]]:
+    """A cell's training log."""
+    path = home / workspace.training_log(iteration)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _cell(plan: Plan, folder: Path, cell: Cell) -> pd.DataFrame:
+    import pandas as pd
+
+    home = cell.folder(folder)
+    if not (home / workspace.metrics(0)).exists():
+        return _known(plan, folder / GRID_FILE, cell)
+    params = plan.params(cell)
+    failure = home / FAILURE_FILE
+    rows: list[dict[str, Any]] = []
+    spent = tokens = 0.0
+    for iteration in range(plan.iterations + 1):
+        path = home / workspace.metrics(iteration)
+        if not path.exists():
+            break
+        metrics = json.loads(path.read_text())
+        trained = metrics["training"]
+        if iteration:
+            log = training_log(home, iteration)
+            spent += sum(float(path.read_text()) for path in _seconds(home, iteration))
+            # The last entry may be some steps before the end.
+            tokens += log[-1]["tokens"] * params.training.num_train_epochs / log[-1]["epoch"] if log else 0.0
+        accuracy, stderr = _score(metrics, "heldout")
+        rows.append(
+            {
+                "task": Path(plan.recipe).stem,
+                **cell._asdict(),
+                "iteration": iteration,
+                "accuracy": accuracy,
+                "stderr": stderr,
+                "validation": _score(metrics, "validation")[0],
+                "target_reward": trained.get("rewards_chosen"),
+                "answer_reward": trained.get("rewards_rejected"),
+                "target_logp": trained.get("logps_chosen"),
+                "answer_logp": trained.get("logps_rejected"),
+                "target_active": trained.get("target_active"),
+                "equal": data.equal_share(home / workspace.synthetic(iteration)) if iteration else None,
+                "seconds": round(spent, 3),
+                "tokens": round(tokens),
+                "stopped": failure.read_text().strip() if failure.exists() else None,
+                "params": _digest(plan, cell),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _score(metrics: Any, task: str) -> tuple[float, float]:
+    """Value and standard error of a task of our own."""
+    values = {name.split(",")[0]: value for name, value in metrics["benchmarks"][task].items()}
+    return values["exact_match"], values["exact_match_stderr"]
+
+
+def _seconds(home: Path, iteration: int) -> list[Path]:
+    """What a checkpoint cost: its stages but the evaluation, whichever cell ran them."""
+    return [path for path in (home / SECONDS).glob(f"*@{iteration}") if not path.name.startswith("evaluate")]
+
+
+def _steps(plan: Plan, folder: Path, cell: Cell) -> pd.DataFrame:
+    """Steps are counted through all iterations."""
+    import pandas as pd
+
+    home = cell.folder(folder)
+    if not (home / workspace.metrics(0)).exists():
+        return _known(plan, folder / STEPS_FILE, cell)
+    names = {"rewards/chosen": "target_reward", "weights/target_active": "target_active"}
+    rows: list[dict[str, Any]] = []
+    offset = 0
+    for iteration in range(1, plan.iterations + 1):
+        log = training_log(home, iteration)
+        for entry in log:
+            players = {name: name.replace("weights/player/", "player_") for name in entry if "weights/player" in name}
+            values = {own: float(f"{entry[name]:.6g}") for name, own in (names | players).items() if name in entry}
+            step = offset + int(entry["step"])
+            rows.append(
+                {**cell._asdict(), "iteration": iteration, "step": step, **values, "params": _digest(plan, cell)}
+            )
+        offset += int(log[-1]["step"]) if log else 0
+    return pd.DataFrame(rows)
+
+
+def _known(plan: Plan, path: Path, cell: Cell) -> pd.DataFrame:
+    """A cell's rows in one of the study's files, if they were made under the same parameters."""
+    import pandas as pd
+
+    if not path.exists():
+        return pd.DataFrame()
+    table = pd.read_csv(path, float_precision="round_trip")
+    same = (table[KEY] == list(cell)).all(axis=1) & (table["params"] == _digest(plan, cell))
+    return table[same].drop(columns=["chosen"], errors="ignore")
+
+
+def _digest(plan: Plan, cell: Cell) -> str:
+    return config.digest(plan.params(cell).model_dump(mode="json", by_alias=True))[:12]
