@@ -35,6 +35,8 @@ def compare(
     seeds: str | None = None,
     rates: str | None = None,
     iterations: int | None = None,
+    tuning_seeds: int | None = None,
+    validation_rows: int | None = None,
     overrides: list[str] | None = None,
     folder: str | None = None,
 ) -> None:
@@ -46,11 +48,20 @@ def compare(
         seeds: "1-5" or "1,2,7".
         rates: learning rates that every method tries, "1e-4,3e-4".
         iterations: how far to go.
+        tuning_seeds: so many of the seeds choose the rate.
+        validation_rows: so many held-out rows choose the rate, and are not reported.
         overrides: "section.key=value" entries for all methods.
         folder: where the study lies; left out, studies/RECIPE.
     """
     home = Path(folder) if folder else Path("studies") / (Path(recipe).stem if recipe else config.load().recipe)
-    options = {"--seeds": seeds, "--rates": rates, "--iterations": iterations, "--folder": home}
+    options = {
+        "--seeds": seeds,
+        "--rates": rates,
+        "--iterations": iterations,
+        "--tuning-seeds": tuning_seeds,
+        "--validation-rows": validation_rows,
+        "--folder": home,
+    }
     arguments = [recipe] if recipe else []
     arguments += [part for name, value in options.items() if value is not None for part in (name, str(value))]
     arguments += [part for method in methods or [] for part in ("--method", method)]

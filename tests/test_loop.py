@@ -286,6 +286,20 @@ def test_the_services_start_once_and_the_flow_redoes_nothing(made: Workspace) ->
     assert made.lock() == before
 
 
+def test_a_study_runs_as_a_flow_and_ends_in_a_report(made: Workspace) -> None:
+    parameters = {
+        "methods": '["tpaw", "sft"]', "seeds": '"1"', "rates": '"1e-3"', "iterations": "1", "validation_rows": "6"
+    }  # fmt: skip
+    given = [word for name, value in parameters.items() for word in ("--param", f"{name}={value}")]
+    made.run("prefect", "deployment", "run", "tpaw-compare/compare", "--watch", *given)
+    assert (made.folder / "studies" / "demo" / "report.html").exists()
+    log = (made.folder / ".tpaw" / "logs" / "worker.log").read_text()
+    assert "tuning seeds: 11/11 (100%)" in log
+    assert "| tpaw | 0.001 |" in re.sub(" +", " ", log)
+    client = MlflowClient(made.run("sh", "-c", "echo http://127.0.0.1:$TPAW_MLFLOW_PORT").stdout.strip())
+    assert client.get_experiment_by_name("tpaw-compare") is not None
+
+
 def test_a_refused_parameter_fails_the_flow_and_changes_nothing(made: Workspace) -> None:
     before = made.params()
     assert made.flow('overrides=["objective.eta=0.5"]', check=False).returncode == 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tpaw_core import config, data, workspace
+from tpaw_core.errors import TpawError
 from tpaw_core.plan import Cell, Plan
 
 if TYPE_CHECKING:
@@ -30,10 +31,17 @@ class Results(NamedTuple):
 
 
 def collect(plan: Plan, folder: Path) -> Results:
-    """What the cells of the plan have reached, from their folders or else from the study's CSV files."""
+    """What the cells of the plan have reached, from their folders or else from the study's CSV files.
+
+    Raises TpawError where none has a first checkpoint.
+    """
     import pandas as pd
 
-    grid = pd.concat([_cell(plan, folder, cell) for cell in plan.cells(plan.learning_rates, plan.seeds)])
+    planned = plan.cells(plan.learning_rates, plan.seeds)
+    grid = pd.concat([_cell(plan, folder, cell) for cell in planned])
+    if grid.empty:
+        told = [path.read_text().strip() for cell in planned if (path := cell.folder(folder) / FAILURE_FILE).exists()]
+        raise TpawError(f"{folder}: no cell has reached checkpoint 0; the first stopped at {told[0] if told else '?'}")
     best = best_rates(plan, grid)
     grid["chosen"] = [rate == best[method] for method, rate in zip(grid["method"], grid["learning_rate"], strict=True)]
     cells = [Cell(*key) for key in grid[grid["chosen"]][KEY].drop_duplicates().itertuples(index=False)]
