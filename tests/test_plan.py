@@ -6,7 +6,6 @@ import pytest
 
 from tpaw_core import plan
 from tpaw_core.errors import TpawError
-from tpaw_core.plan import Cell
 
 NOTHING = {"methods": None, "seeds": None, "learning_rates": None, "folder": None}
 
@@ -47,7 +46,8 @@ def test_what_is_no_list_of_rates_is_refused(text: str) -> None:
 
 def test_a_cells_parameters_are_the_recipes_with_its_method_rate_and_seed() -> None:
     _, made = plan.make("demo", ["data.max_train_rows={seed}00"], **{**NOTHING, "methods": ["spin"], "iterations": 2})
-    params = made.params(Cell("spin", 1e-3, 7))
+    cell = made.cell("spin", 1e-3, 7)
+    params = cell.params
     assert (params.objective.name, params.team.size, params.team.players) == ("spin", 2, 1)
     assert (params.training.learning_rate, params.seed, params.data.max_train_rows) == (1e-3, 7, 700)
     assert (params.data.validation_rows, params.evaluation.tasks) == (500, ["heldout", "validation"])
@@ -56,11 +56,19 @@ def test_a_cells_parameters_are_the_recipes_with_its_method_rate_and_seed() -> N
 
 def test_overrides_of_iterations_beyond_the_plans_are_left_out() -> None:
     _, made = plan.make("demo", [], **{**NOTHING, "methods": ["tpaw-annealed"], "iterations": 2})
-    params = made.params(Cell("tpaw-annealed", 1e-3, 1))
+    params = made.cell("tpaw-annealed", 1e-3, 1).params
     assert [params.objective_at(t).eta for t in (1, 2)] == [6.0, 4.0]
 
 
 def test_a_plan_may_go_further_than_its_recipe() -> None:
     _, made = plan.make("mawps", [], **{**NOTHING, "methods": ["tpaw-annealed"], "iterations": 4})
-    params = made.params(Cell("tpaw-annealed", 1e-3, 1))
+    params = made.cell("tpaw-annealed", 1e-3, 1).params
     assert [params.objective_at(t).eta for t in (1, 2, 3, 4)] == [6.0, 4.0, 2.0, 1.0]
+
+
+def test_a_cells_folder_is_its_parameters_own(tmp_path: Path) -> None:
+    _, one = plan.make("demo", [], **NOTHING)
+    _, other = plan.make("demo", ["sft.num_train_epochs=6"], **NOTHING)
+    folders = [made.cell("tpaw", 1e-3, seed).folder(tmp_path) for made in (one, other) for seed in (1, 2)]
+    assert len(set(folders)) == 4
+    assert one.cell("tpaw", 1e-3, 1).folder(tmp_path) == folders[0]

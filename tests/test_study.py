@@ -115,7 +115,7 @@ def test_the_rate_is_the_best_on_validation_rows_and_only_the_tuning_seed_runs_a
 
 
 def test_methods_of_one_seed_share_the_sft_model_and_its_answers(project: Project) -> None:
-    cells = [path for path in (project.study() / "cells").glob("*/*/1") if path.parts[-3] != "sft"]
+    cells = [path for path in (project.study() / "cells").glob("*/*/1-*") if path.parts[-3] != "sft"]
     assert len(cells) == 4
     for name in ("checkpoints/0/model.safetensors", "synthetic/1.parquet"):
         assert len({(cell / name).stat().st_ino for cell in cells}) == 1
@@ -125,15 +125,12 @@ def test_methods_of_one_seed_share_the_sft_model_and_its_answers(project: Projec
 
 
 def test_seeds_differ(project: Project) -> None:
-    cell = next((project.study() / "cells" / "tpaw").iterdir())
-    heldout = {
-        (project.study() / "cells" / "tpaw" / cell.name / s / "data" / "heldout.jsonl").read_text() for s in "12"
-    }
-    assert len(heldout) == 2
+    rows = [next(project.study().glob(f"cells/tpaw/*/{seed}-*/data/heldout.jsonl")).read_text() for seed in "12"]
+    assert rows[0] != rows[1]
 
 
 def test_validation_rows_are_neither_trained_on_nor_reported(project: Project) -> None:
-    (data,) = {cell / "data" for cell in list((project.study() / "cells").glob("tpaw/*/1"))[:1]}
+    (data,) = {cell / "data" for cell in list((project.study() / "cells").glob("tpaw/*/1-*"))[:1]}
     rows = {
         name: {json.loads(line)["prompt_id"] for line in (data / f"{name}.jsonl").read_text().splitlines()}
         for name in ("train", "validation", "heldout")
@@ -207,12 +204,17 @@ def test_a_killed_study_repeats_no_finished_stage_and_ends_with_the_same_bytes(
     after = other.made()
     assert before.items() <= after.items()
     assert len(after) > len(before)
-    # Equal bytes: the same cells, run without a break in another folder.
+    model = "*/checkpoints/2/model.safetensors"  # of the same cells, run without a break in another folder
     for seed in "12":
-        ours, theirs = (p.study() / "cells" / "tpaw" / "0.001" / seed / "checkpoints" / "2" for p in (other, project))
-        if theirs.exists():
-            digests = [hashlib.sha256((f / "model.safetensors").read_bytes()).hexdigest() for f in (ours, theirs)]
-            assert digests[0] == digests[1]
+        ours, theirs = (
+            {
+                hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in p.study().glob(f"cells/tpaw/0.001/{seed}-{model}")
+            }
+            for p in (other, project)
+        )
+        assert len(ours) == 1
+        assert theirs <= ours
 
 
 def test_a_method_that_breaks_is_told_and_the_others_go_on(project: Project) -> None:
@@ -221,7 +223,7 @@ def test_a_method_that_breaks_is_told_and_the_others_go_on(project: Project) -> 
         "--seeds", "1", "--rates", "1e-3,1e30", "--iterations", "1", "--validation-rows", "8",
         "--folder", "studies/broken", *TINY,
     ).stdout  # fmt: skip
-    assert "stopped: broken, rate 1e+30, seed 1: train@1: training:" in out
+    assert "stopped: broken, learning rate 1e+30, seed 1: train@1: training:" in out
     assert "not finite by step" in out
     found = results(project, "broken")
     assert sorted(found[found["iteration"] == 1]["method"]) == ["broken", "tpaw"]

@@ -189,8 +189,8 @@ def compare(
     results = study.run(planned, home)
     comparison.write(planned, home, results)
     print(comparison.table(planned, results))
-    for cell, why in failures(results.grid).items():
-        print(f"stopped: {cell.method}, rate {cell.learning_rate:g}, seed {cell.seed}: {why}")
+    for failure in failures(results.grid):
+        print(f"stopped: {failure}")
     print(f"report: {home / 'report.html'}, MLflow run {study_record.record(planned, home, results)}")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from tpaw_core import config
 from tpaw_core.config import Count, Params, Positive, Section
@@ -28,38 +28,53 @@ class Plan(Section):
     tuning_seeds: Count  # the first so many seeds run at every rate; the others at the rate that was best on them
     validation_rows: Count  # held-out rows that choose the rate, and are not reported
     overrides: list[str] = Field(default_factory=list)  # for all methods; {seed} stands for the seed
+    _made: dict[tuple[str, float, int], Cell] = PrivateAttr(default_factory=dict)  # reading a recipe takes a while
 
     def cells(self, rates: Iterable[float], seeds: Iterable[int]) -> list[Cell]:
         """Seeds first: what cells of one seed have in common is then made while others work."""
-        return [Cell(method, rate, seed) for method in self.methods for rate in rates for seed in seeds]
+        return [self.cell(method, rate, seed) for method in self.methods for rate in rates for seed in seeds]
 
-    def params(self, cell: Cell) -> Params:
-        """The parameters of a cell.
+    def cell(self, method: str, learning_rate: float, seed: int) -> Cell:
+        """One cell with its parameters.
 
         Raises TpawError where the recipe and the method's overrides make none.
         """
+        if (known := self._made.get((method, learning_rate, seed))) is not None:
+            return known
         own = [
             *self.overrides,
-            *self.methods[cell.method],
-            f"seed={cell.seed}",
-            f"training.learning_rate={cell.learning_rate}",
+            *self.methods[method],
+            f"seed={seed}",
+            f"training.learning_rate={learning_rate}",
             f"data.validation_rows={self.validation_rows}",
             "evaluation.tasks=[heldout, validation]",
         ]
         late = tuple(f"iterations.{t}." for t in range(self.iterations + 1, 100))
-        own = [entry.replace("{seed}", str(cell.seed)) for entry in own if not entry.startswith(late)]
+        own = [entry.replace("{seed}", str(seed)) for entry in own if not entry.startswith(late)]
         params, _ = config.resolve(self.recipe, own, self.iterations)
         kept = {key: entry for key, entry in params.iterations.items() if int(key) <= self.iterations}
-        return params.model_copy(update={"iterations": kept})
+        made = Cell(method, learning_rate, seed, params.model_copy(update={"iterations": kept}))
+        return self._made.setdefault(made.key, made)
 
 
 class Cell(NamedTuple):
     method: str
     learning_rate: float
     seed: int
+    params: Params
+
+    @property
+    def key(self) -> tuple[str, float, int]:
+        return self[:3]
+
+    @property
+    def digest(self) -> str:
+        """Of the parameters: cells of a changed plan do not find what others left."""
+        return config.digest(self.params.model_dump(mode="json", by_alias=True))[:12]
 
     def folder(self, study: Path) -> Path:
-        return study / "cells" / self.method / f"{self.learning_rate:g}" / str(self.seed)
+        """The cell's workspace."""
+        return study / "cells" / self.method / f"{self.learning_rate:g}" / f"{self.seed}-{self.digest}"
 
 
 def make(

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tpaw_core import config, data, workspace
+from tpaw_core import data, workspace
 from tpaw_core.errors import TpawError
 from tpaw_core.plan import Cell, Plan
 
@@ -37,16 +37,31 @@ def collect(plan: Plan, folder: Path) -> Results:
     """
     import pandas as pd
 
-    planned = plan.cells(plan.learning_rates, plan.seeds)
-    grid = pd.concat([_cell(plan, folder, cell) for cell in planned])
+    cells = plan.cells(plan.learning_rates, plan.seeds)
+    known = read(folder, GRID_FILE)
+    grid = pd.concat([_cell(folder, cell, known) for cell in cells])
     if grid.empty:
-        told = [path.read_text().strip() for cell in planned if (path := cell.folder(folder) / FAILURE_FILE).exists()]
+        told = [path.read_text().strip() for cell in cells if (path := cell.folder(folder) / FAILURE_FILE).exists()]
         raise TpawError(f"{folder}: no cell has reached checkpoint 0; the first stopped at {told[0] if told else '?'}")
     best = best_rates(plan, grid)
     grid["chosen"] = [rate == best[method] for method, rate in zip(grid["method"], grid["learning_rate"], strict=True)]
-    cells = [Cell(*key) for key in grid[grid["chosen"]][KEY].drop_duplicates().itertuples(index=False)]
-    steps = pd.concat([_steps(plan, folder, cell) for cell in cells])
+    known = read(folder, STEPS_FILE)
+    steps = pd.concat([_steps(folder, cell, known) for cell in cells if cell.learning_rate == best[cell.method]])
     return Results(grid.reset_index(drop=True), steps.reset_index(drop=True))
+
+
+def read(folder: Path, name: str) -> pd.DataFrame:
+    """One of the study's CSV files, empty where there is none."""
+    import pandas as pd
+
+    path = folder / name
+    return pd.read_csv(path, float_precision="round_trip") if path.exists() else pd.DataFrame()
+
+
+def finished(cell: Cell, known: pd.DataFrame) -> bool:
+    """Whether grid.csv, as ``known``, holds all of a cell, made under the same parameters."""
+    own = _known(cell, known)
+    return len(own) > 0 and (own["iteration"].max() == len(cell.params.iterations) or own["stopped"].notna().any())
 
 
 def write(folder: Path, results: Results) -> None:
@@ -59,12 +74,6 @@ def write(folder: Path, results: Results) -> None:
     for name, table in tables.items():
         with workspace.publish(folder / name) as aside:
             table.to_csv(aside, index=False)
-
-
-def finished(plan: Plan, folder: Path, cell: Cell) -> bool:
-    """Whether the study's files hold all of this cell, made under the same parameters."""
-    known = _known(plan, folder / GRID_FILE, cell)
-    return len(known) > 0 and (known["iteration"].max() == plan.iterations or known["stopped"].notna().any())
 
 
 def best_rates(plan: Plan, grid: pd.DataFrame) -> dict[str, float]:
@@ -84,10 +93,11 @@ def by_seed(grid: pd.DataFrame, method: str, iteration: int, column: str = "accu
     return dict(zip(found["seed"], found[column], strict=True))
 
 
-def failures(grid: pd.DataFrame) -> dict[Cell, str]:
+def failures(grid: pd.DataFrame) -> list[str]:
     """The cells that stopped, and why."""
     stopped = grid.dropna(subset=["stopped"]).drop_duplicates(KEY)
-    return {Cell(*row[:3]): row[3] for row in stopped[[*KEY, "stopped"]].itertuples(index=False)}
+    rows = stopped[[*KEY, "stopped"]].itertuples(index=False)
+    return [f"{method}, learning rate {rate:g}, seed {seed}: {why}" for method, rate, seed, why in rows]
 
 
 def training_log(home: Path, iteration: int) -> list[dict[str, float]]:
@@ -96,17 +106,16 @@ def training_log(home: Path, iteration: int) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _cell(plan: Plan, folder: Path, cell: Cell) -> pd.DataFrame:
+def _cell(folder: Path, cell: Cell, known: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     home = cell.folder(folder)
     if not (home / workspace.metrics(0)).exists():
-        return _known(plan, folder / GRID_FILE, cell)
-    params = plan.params(cell)
+        return _known(cell, known)
     failure = home / FAILURE_FILE
     rows: list[dict[str, Any]] = []
     spent = tokens = 0.0
-    for iteration in range(plan.iterations + 1):
+    for iteration in range(len(cell.params.iterations) + 1):
         path = home / workspace.metrics(iteration)
         if not path.exists():
             break
@@ -116,12 +125,12 @@ def _cell(plan: Plan, folder: Path, cell: Cell) -> pd.DataFrame:
             log = training_log(home, iteration)
             spent += sum(float(path.read_text()) for path in _seconds(home, iteration))
             # The last entry may be some steps before the end.
-            tokens += log[-1]["tokens"] * params.training.num_train_epochs / log[-1]["epoch"] if log else 0.0
+            tokens += log[-1]["tokens"] * cell.params.training.num_train_epochs / log[-1]["epoch"] if log else 0.0
         accuracy, stderr = _score(metrics, "heldout")
         rows.append(
             {
-                "task": Path(plan.recipe).stem,
-                **cell._asdict(),
+                "task": cell.params.recipe,
+                **dict(zip(KEY, cell.key, strict=True)),
                 "iteration": iteration,
                 "accuracy": accuracy,
                 "stderr": stderr,
@@ -135,7 +144,7 @@ def _cell(plan: Plan, folder: Path, cell: Cell) -> pd.DataFrame:
                 "seconds": round(spent, 3),
                 "tokens": round(tokens),
                 "stopped": failure.read_text().strip() if failure.exists() else None,
-                "params": _digest(plan, cell),
+                "params": cell.digest,
             }
         )
     return pd.DataFrame(rows)
@@ -152,39 +161,30 @@ def _seconds(home: Path, iteration: int) -> list[Path]:
     return [path for path in (home / SECONDS).glob(f"*@{iteration}") if not path.name.startswith("evaluate")]
 
 
-def _steps(plan: Plan, folder: Path, cell: Cell) -> pd.DataFrame:
+def _steps(folder: Path, cell: Cell, known: pd.DataFrame) -> pd.DataFrame:
     """Steps are counted through all iterations."""
     import pandas as pd
 
     home = cell.folder(folder)
     if not (home / workspace.metrics(0)).exists():
-        return _known(plan, folder / STEPS_FILE, cell)
+        return _known(cell, known)
+    own = {**dict(zip(KEY, cell.key, strict=True)), "params": cell.digest}
     names = {"rewards/chosen": "target_reward", "weights/target_active": "target_active"}
     rows: list[dict[str, Any]] = []
     offset = 0
-    for iteration in range(1, plan.iterations + 1):
+    for iteration in range(1, len(cell.params.iterations) + 1):
         log = training_log(home, iteration)
         for entry in log:
             players = {name: name.replace("weights/player/", "player_") for name in entry if "weights/player" in name}
-            values = {own: float(f"{entry[name]:.6g}") for name, own in (names | players).items() if name in entry}
-            step = offset + int(entry["step"])
-            rows.append(
-                {**cell._asdict(), "iteration": iteration, "step": step, **values, "params": _digest(plan, cell)}
-            )
+            values = {kept: float(f"{entry[name]:.6g}") for name, kept in (names | players).items() if name in entry}
+            rows.append({**own, "iteration": iteration, "step": offset + int(entry["step"]), **values})
         offset += int(log[-1]["step"]) if log else 0
     return pd.DataFrame(rows)
 
 
-def _known(plan: Plan, path: Path, cell: Cell) -> pd.DataFrame:
-    """A cell's rows in one of the study's files, if they were made under the same parameters."""
-    import pandas as pd
-
-    if not path.exists():
-        return pd.DataFrame()
-    table = pd.read_csv(path, float_precision="round_trip")
-    same = (table[KEY] == list(cell)).all(axis=1) & (table["params"] == _digest(plan, cell))
+def _known(cell: Cell, table: pd.DataFrame) -> pd.DataFrame:
+    """A cell's rows, if they were made under the same parameters."""
+    if table.empty:
+        return table
+    same = (table[KEY] == list(cell.key)).all(axis=1) & (table["params"] == cell.digest)
     return table[same].drop(columns=["chosen"], errors="ignore")
-
-
-def _digest(plan: Plan, cell: Cell) -> str:
-    return config.digest(plan.params(cell).model_dump(mode="json", by_alias=True))[:12]

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,39 +41,39 @@ def run(plan: Plan, folder: Path) -> Results:
 
     Raises TpawError for a plan that no cell can follow. A cell that cannot go on is kept as stopped.
     """
-    for cell in plan.cells(plan.learning_rates[:1], plan.seeds):
-        plan.params(cell)
+    plan.cells(plan.learning_rates, plan.seeds)  # refused before anything is made
     folder.mkdir(parents=True, exist_ok=True)
     with workspace.publish(folder / PLAN_FILE) as aside:
         aside.write_text(plan.model_dump_json(indent=2) + "\n")
     tuned, others = plan.seeds[: plan.tuning_seeds], plan.seeds[plan.tuning_seeds :]
-    _run_cells(plan, folder, plan.cells(plan.learning_rates, tuned), "tuning seeds")
+    _run_cells(folder, plan.cells(plan.learning_rates, tuned), "tuning seeds")
     found = results.collect(plan, folder)
     best = results.best_rates(plan, found.grid)
-    _run_cells(plan, folder, [Cell(m, best[m], seed) for m in plan.methods for seed in others], "other seeds")
+    _run_cells(folder, [plan.cell(m, best[m], seed) for m in plan.methods for seed in others], "other seeds")
     found = results.collect(plan, folder)
     results.write(folder, found)
     return found
 
 
-def _run_cells(plan: Plan, folder: Path, cells: list[Cell], what: str) -> None:
+def _run_cells(folder: Path, cells: list[Cell], what: str) -> None:
     import torch
 
-    cells = [cell for cell in cells if not results.finished(plan, folder, cell)]
+    known = results.read(folder, results.GRID_FILE)
+    cells = [cell for cell in cells if not results.finished(cell, known)]
     if not cells:
         return
     ticks: Any = multiprocessing.get_context("fork").SimpleQueue()
-    total = sum(len(graph.read(plan.params(cell))) for cell in cells)
+    total = sum(len(graph.read(cell.params)) for cell in cells)
     progress = Progress(total, what)
     if torch.accelerator.is_available():  # it is not shared, and does not survive a fork
         for cell in cells:
-            for _ in _run_cell(plan, folder, cell):
-                progress.advance()
+            _run_cell(folder.resolve(), cell, progress.advance)
+        progress.close()
         return
     cores = len(os.sched_getaffinity(0))
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(min(cores, max(1, len(cells))), context, _alone, (ticks,)) as pool:
-        jobs = [pool.submit(_work, plan, folder.resolve(), cell) for cell in cells]
+        jobs = [pool.submit(_work, folder.resolve(), cell) for cell in cells]
         try:
             while not all(job.done() for job in jobs) or not ticks.empty():
                 while not ticks.empty():
@@ -101,35 +101,34 @@ def _alone(ticks: Any) -> None:
     torch.set_num_threads(1)
 
 
-def _work(plan: Plan, folder: Path, cell: Cell) -> None:
-    for _ in _run_cell(plan, folder, cell):
-        _ticks.put(1)
+def _work(folder: Path, cell: Cell) -> None:
+    _run_cell(folder, cell, lambda: _ticks.put(1))
 
 
-def _run_cell(plan: Plan, folder: Path, cell: Cell) -> Iterator[None]:
-    """Bring a cell's stages up to date, one after the other; what stages print goes to its log."""
-    params = _placed(plan.params(cell))
+def _run_cell(folder: Path, cell: Cell, tick: Callable[[], None]) -> None:
+    """Bring a cell's stages up to date, one after the other."""
+    params, home = _placed(cell.params), cell.folder(folder)
     order = graph.read(params)
-    home = cell.folder(folder)
-    home.mkdir(parents=True, exist_ok=True)
-    done = 0
-    with _inside(home):
-        scores = workspace.SCORES
-        scores.parent.mkdir(exist_ok=True)
-        if not scores.is_symlink():
-            (folder / "scores").mkdir(exist_ok=True)
-            scores.symlink_to(folder / "scores")
-        try:
+    scores, failure = home / workspace.SCORES, home / results.FAILURE_FILE
+    scores.parent.mkdir(parents=True, exist_ok=True)
+    if not scores.is_symlink():
+        (folder / "scores").mkdir(exist_ok=True)
+        scores.symlink_to(folder / "scores")
+    at, done = "data", 0
+    try:
+        with _inside(home):
             data.prepare(params.data, params.seed)
-            for stage in order:
+        for stage in order:
+            at = stage.name
+            with _inside(home):
                 _make(folder / "made", stage, params)
-                done += 1
-                yield
-            results.FAILURE_FILE.unlink(missing_ok=True)
-        except TpawError as error:
-            results.FAILURE_FILE.write_text(f"{order[done].name if done < len(order) else 'data'}: {error}\n")
-            for _ in order[done:]:
-                yield
+            done += 1
+            tick()
+        failure.unlink(missing_ok=True)
+    except TpawError as error:
+        failure.write_text(f"{at}: {error}\n")
+        for _ in order[done:]:
+            tick()
 
 
 def _placed(params: Params) -> Params:
@@ -177,7 +176,7 @@ def _link(source: Path, target: Path) -> None:
 
 @contextmanager
 def _inside(home: Path) -> Iterator[None]:
-    """The current folder, and what is written to stdout and stderr, are the cell's."""
+    """The current folder is the cell's, and what is written to stdout and stderr goes to its log."""
     before, streams = os.getcwd(), [os.dup(1), os.dup(2)]
     with (home / "log.txt").open("ab") as log:
         sys.stdout.flush()

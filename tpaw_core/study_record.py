@@ -28,9 +28,8 @@ def record(plan: Plan, folder: Path, results: Results) -> str:
     experiment = found.experiment_id
     parent = _run(client, experiment, {"tpaw.study": str(folder.resolve())}, folder.name)
     run_id = parent.info.run_id
-    for key, rows in results.grid.groupby(KEY):
-        cell = Cell(*key)
-        _record_cell(client, experiment, run_id, plan, folder, cell, rows)
+    for (method, rate, seed), rows in results.grid.groupby(KEY):
+        _record_cell(client, experiment, run_id, folder, plan.cell(method, rate, seed), rows)
     for name in FILES:
         client.log_artifact(run_id, str(folder / name))
     client.log_artifacts(run_id, str(folder / "plots"), "plots")
@@ -39,7 +38,7 @@ def record(plan: Plan, folder: Path, results: Results) -> str:
 
 
 def _record_cell(
-    client: MlflowClient, experiment: str, parent: str, plan: Plan, folder: Path, cell: Cell, rows: pd.DataFrame
+    client: MlflowClient, experiment: str, parent: str, folder: Path, cell: Cell, rows: pd.DataFrame
 ) -> None:
     name = f"{cell.method}, rate {cell.learning_rate:g}, seed {cell.seed}"
     tags = {"mlflow.parentRunId": parent, "tpaw.cell": name}
@@ -47,10 +46,9 @@ def _record_cell(
     run_id, digest = run.info.run_id, config.digest(rows.to_json())
     if run.data.tags.get("tpaw.results") == digest:
         return
-    params = plan.params(cell)
-    settings = {"method": cell.method, "learning_rate": cell.learning_rate, "seed": cell.seed}
-    settings |= {f"objective.{k}": v for k, v in params.objective.model_dump(by_alias=True).items()}
-    settings |= {f"team.{k}": v for k, v in params.team.model_dump().items()}
+    settings = dict(zip(KEY, cell.key, strict=True))
+    settings |= {f"objective.{k}": v for k, v in cell.params.objective.model_dump(by_alias=True).items()}
+    settings |= {f"team.{k}": v for k, v in cell.params.team.model_dump().items()}
     client.log_batch(run_id, params=[Param(key, str(value)) for key, value in settings.items()])
     columns = rows.drop(columns=["task", *KEY, "iteration", "chosen", "stopped", "params"])
     metrics = [
@@ -60,7 +58,7 @@ def _record_cell(
         if value is not None and value == value
     ]
     offset = 0
-    for iteration in range(1, plan.iterations + 1):
+    for iteration in range(1, len(cell.params.iterations) + 1):
         log = training_log(cell.folder(folder), iteration)
         for entry in log:
             step = offset + int(entry["step"])
