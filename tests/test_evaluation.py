@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from tpaw_core import config, evaluation, template
 from tpaw_core.data import Row
@@ -19,13 +20,14 @@ def settings(**changes: Any) -> config.Evaluation:
 def asked(make_model: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[list[int]]]:
     """A model, and the prompts' ids, without pads, that it was really asked to answer."""
     model, seen = make_model(0), []
-    generate = model.generate
+    forward = model.forward
 
     def listen(input_ids: Any, attention_mask: Any, **options: Any) -> Any:
-        seen.extend(ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True))
-        return generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+        if not seen or input_ids.shape[1] > 1:  # the first step of a batch: later ones are one token each
+            seen.extend(ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True))
+        return forward(input_ids=input_ids, attention_mask=attention_mask, **options)
 
-    monkeypatch.setattr(model, "generate", listen)
+    monkeypatch.setattr(model, "forward", listen)
     return model, seen
 
 
@@ -71,6 +73,26 @@ def test_the_primary_figure_is_the_share_of_right_answers_with_its_standard_erro
     assert found.samples[1]["completion"] == answered[1].completion
     assert found.samples[0]["prompt"] == answered[0].prompt[0]["content"]
     assert found.benchmarks["heldout"]["n"] == 5
+
+
+def test_answers_are_the_ones_of_transformers_own_greedy_generation(
+    model: Any, tokenizer: Any, rows: list[Row]
+) -> None:
+    found = run(model, tokenizer, rows[:5])
+    for row, sample in zip(rows, found.samples, strict=False):
+        ids = torch.tensor([template.encode_prompts([row.prompt], tokenizer)[0]])
+        answer = model.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=tokenizer.pad_token_id)
+        assert sample["completion"] == tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_validation_rows_are_a_benchmark_of_their_own(model: Any, tokenizer: Any, answered: list[Row]) -> None:
+    own = settings(answer_pattern=WHOLE, tasks=["heldout", "validation"])
+    given = {"heldout": answered, "validation": answered[1:2]}
+    found = evaluation.evaluate(model, tokenizer, given, own, max_length=128, seed=1)
+    assert (found.primary["value"], found.primary["n"]) == (2 / 5, 5)
+    assert found.benchmarks["validation"]["n"] == 1
+    assert found.benchmarks["validation"]["exact_match,answer"] == 1
+    assert len(found.samples) == 5
 
 
 def test_limit_is_the_number_of_rows_that_are_asked(model: Any, tokenizer: Any, answered: list[Row]) -> None:

@@ -64,45 +64,74 @@ def evaluate(
 
     Raises TpawError for a task the harness does not know, or a primary metric that the results do not hold.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator, simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is not a name
     if settings.primary in OWN and settings.metric != METRIC:
         raise TpawError(f"evaluation.metric: {settings.primary} is scored by {METRIC}, not by {settings.metric!r}")
-
-    def harness(own: bool) -> HFLM:
-        # `heldout` comes rendered: no BOS is added, and the room for the answer is not cut from the prompt.
-        options: dict[str, Any] = {"add_bos_token": False} if own else {}
-        length = max_length + settings.max_new_tokens if own else max_length
-        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, max_length=length, **options)
-
     found: dict[str, Any] = {}
     sampled: list[Any] = []
-    with tempfile.TemporaryDirectory(prefix="tpaw-evaluation-") as folder:
-        for task in settings.tasks:
-            own = task in OWN
-            if own:
+    if own := [task for task in settings.tasks if task in OWN]:
+        with tempfile.TemporaryDirectory(prefix="tpaw-evaluation-") as folder:
+            for task in own:
                 _write_task(Path(folder), task, rows[task], tokenizer, settings)
-            manager = TaskManager(include_path=folder if own else None, include_defaults=not own)
-            if not own and task not in manager.all_tasks:
-                raise TpawError(f"evaluation.tasks: lm-evaluation-harness knows no task {task!r}")
-            results = simple_evaluate(
-                harness(own),
-                tasks=[task],
-                task_manager=manager,
-                limit=settings.limit,
-                apply_chat_template=not own and tokenizer.chat_template is not None,
-                log_samples=own,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
-            )
-            found.update(_plain(results))
-            sampled += results.get("samples", {}).get(HELDOUT, [])
+            tasks = TaskManager(include_path=folder, include_defaults=False).load(own)
+            results = evaluator.evaluate(_engine(model, tokenizer, settings, max_length), tasks, limit=settings.limit)
+        found.update(_plain(results))
+        sampled = results["samples"].get(HELDOUT, [])
+    if others := [task for task in settings.tasks if task not in OWN]:
+        manager = TaskManager()
+        if unknown := [task for task in others if task not in manager.all_tasks]:
+            raise TpawError(f"evaluation.tasks: lm-evaluation-harness knows no task {unknown[0]!r}")
+        results = simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, max_length=max_length),
+            tasks=others,
+            task_manager=manager,
+            limit=settings.limit,
+            apply_chat_template=tokenizer.chat_template is not None,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+        found.update(_plain(results))
     return Results(_primary(found, settings), found, [_sample(s) for s in sampled])
+
+
+def _engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Evaluation, max_length: int) -> Any:
+    """The harness's model for tasks of our own: greedy answers by the generation that training uses."""
+    from lm_eval.api.model import LM
+
+    from tpaw_core import generation
+    from tpaw_core.config import Generation
+
+    greedy = Generation(temperature=0, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size)
+
+    class Engine(LM):
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            # Prompts come rendered, so no BOS is added; the room for the answer is not cut from the prompt.
+            texts = [request.args[0] for request in requests]
+            prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+            answers = generation.generate(
+                model,
+                prompts,
+                greedy,
+                max_length=max_length + settings.max_new_tokens,
+                eos_id=tokenizer.eos_token_id,
+                pad_id=tokenizer.pad_token_id,
+                seed=0,
+            )
+            return list(tokenizer.batch_decode([list(a.ids) for a in answers], skip_special_tokens=True))
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            raise NotImplementedError
+
+        loglikelihood_rolling = loglikelihood
+
+    return Engine()
 
 
 def answer(text: str, pattern: str) -> str | None:
@@ -135,6 +164,7 @@ def _write_task(
         "doc_to_text": "text",
         "doc_to_target": "answer",
         "target_delimiter": "",
+        "num_fewshot": 0,
         "generation_kwargs": {"until": [], "max_gen_toks": settings.max_new_tokens, "do_sample": False},
         "filter_list": [
             {
