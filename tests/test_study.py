@@ -230,11 +230,11 @@ def test_a_method_that_breaks_is_told_and_the_others_go_on(project: Project) -> 
     assert "Runs that stopped" in (project.study("broken") / "report.html").read_text()
 
 
-def test_a_study_in_which_nothing_can_start_says_why(project: Project) -> None:
+def test_a_study_that_a_stage_refuses_says_which_cell_and_why(project: Project) -> None:
     arguments = ("--method", "tpaw", "--seeds", "1", "--rates", "1e-3", "--folder", "studies/nothing", *TINY)
     done = project.compare("demo", *arguments, check=False)
     assert done.returncode == 1
-    assert "no cell has reached checkpoint 0; the first stopped at data: data.validation_rows: 500" in done.stderr
+    assert "error: tpaw, learning rate 0.001, seed 1: data.validation_rows: 500 leaves none" in done.stderr
 
 
 class Page(HTMLParser):

@@ -15,3 +15,7 @@ class Unavailable(TpawError):
     """A service did not answer: the same command may work later."""
 
     exit_status = 75  # EX_TEMPFAIL
+
+
+class Diverged(TpawError):
+    """Training or scoring gave numbers that are not finite: this is the method's result under these settings."""

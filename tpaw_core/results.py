@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tpaw_core import data, workspace
-from tpaw_core.errors import TpawError
 from tpaw_core.plan import Cell, Plan
 
 if TYPE_CHECKING:
@@ -31,18 +30,12 @@ class Results(NamedTuple):
 
 
 def collect(plan: Plan, folder: Path) -> Results:
-    """What the cells of the plan have reached, from their folders or else from the study's CSV files.
-
-    Raises TpawError where none has a first checkpoint.
-    """
+    """What the cells of the plan have reached, from their folders or else from the study's CSV files."""
     import pandas as pd
 
     cells = plan.cells(plan.learning_rates, plan.seeds)
     known = read(folder, GRID_FILE)
     grid = pd.concat([_cell(folder, cell, known) for cell in cells])
-    if grid.empty:
-        told = [path.read_text().strip() for cell in cells if (path := cell.folder(folder) / FAILURE_FILE).exists()]
-        raise TpawError(f"{folder}: no cell has reached checkpoint 0; the first stopped at {told[0] if told else '?'}")
     best = best_rates(plan, grid)
     grid["chosen"] = [rate == best[method] for method, rate in zip(grid["method"], grid["learning_rate"], strict=True)]
     known = read(folder, STEPS_FILE)

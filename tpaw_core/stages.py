@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from tpaw_core import alarms, checkpoint, config, data, workspace
 from tpaw_core.config import Params
-from tpaw_core.errors import TpawError
+from tpaw_core.errors import Diverged, TpawError
 from tpaw_core.ragged import Ragged
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def weigh(params: Params, iteration: int, registry: Registry | None) -> None:
                 chosen * by_chosen, rejected * by_rejected, gamma=objective.gamma, scale=objective.lambda_
             )
         except ValueError as error:
-            raise TpawError(
+            raise Diverged(
                 f"weights of iteration {iteration}: {error}; the checkpoint that gave it is not usable"
             ) from None
         out = pa.table(

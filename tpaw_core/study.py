@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from tpaw_core import data, graph, owner, results, stages, workspace
 from tpaw_core.config import Params
-from tpaw_core.errors import TpawError
+from tpaw_core.errors import Diverged, TpawError
 from tpaw_core.plan import PLAN_FILE, Cell, Plan
 from tpaw_core.progress import Progress
 from tpaw_core.results import Results
@@ -39,7 +39,8 @@ RUN = {
 def run(plan: Plan, folder: Path) -> Results:
     """Run what is not yet made; what came out is in the folder's CSV files too.
 
-    Raises TpawError for a plan that no cell can follow. A cell that cannot go on is kept as stopped.
+    Raises TpawError for a plan that no cell can follow, and where a stage refuses; what is made is kept. A cell whose
+    numbers stop being finite is a result.
     """
     plan.cells(plan.learning_rates, plan.seeds)  # refused before anything is made
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,21 +115,22 @@ def _run_cell(folder: Path, cell: Cell, tick: Callable[[], None]) -> None:
     if not scores.is_symlink():
         (folder / "scores").mkdir(exist_ok=True)
         scores.symlink_to(folder / "scores")
-    at, done = "data", 0
+    done = 0
     try:
         with _inside(home):
             data.prepare(params.data, params.seed)
         for stage in order:
-            at = stage.name
             with _inside(home):
                 _make(folder / "made", stage, params)
             done += 1
             tick()
         failure.unlink(missing_ok=True)
-    except TpawError as error:
-        failure.write_text(f"{at}: {error}\n")
+    except Diverged as error:
+        failure.write_text(f"{order[done].name}: {error}\n")
         for _ in order[done:]:
             tick()
+    except TpawError as error:
+        raise TpawError(f"{cell.method}, learning rate {cell.learning_rate:g}, seed {cell.seed}: {error}") from None
 
 
 def _placed(params: Params) -> Params:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from tpaw_core.errors import TpawError
+from tpaw_core.errors import Diverged, TpawError
 from tpaw_core.logps import response_logps
 from tpaw_core.objective import Losses, dpo_nll_loss, space_loss, spin_loss, tpaw_loss, tspin_loss
 from tpaw_core.packing import Ids, Pack, Tree
@@ -290,7 +290,7 @@ def self_play(
 
     ``state`` holds resumable states; a call that finds one goes on from it and ends where an uninterrupted call would.
 
-    Raises TpawError where the loss, a gradient or a log-probability is not finite.
+    Raises Diverged where the loss, a gradient or a log-probability is not finite.
     """
 
     def collate(batch: list[Group], pack: Packer) -> list[Triplets]:
@@ -417,7 +417,7 @@ class _Report(TrainerCallback):
             return
         bad = [name for name, value in entry.items() if not math.isfinite(value)]
         if bad:
-            raise TpawError(
+            raise Diverged(
                 f"{self.what}: {', '.join(bad)} not finite by step {entry['step']}; lower the learning rate "
                 "or look at the rows. The last good state is kept, no checkpoint was made"
             )
