@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,32 @@ def _experiment(client: MlflowClient, name: str, uri: str) -> Experiment:
 
 
 class Registry:
-    """One workspace's view of MLflow."""
+    """One workspace's view of MLflow; it connects when it is first used, after a stage has checked its inputs."""
 
     def __init__(self, params: Params) -> None:
         self.params = params
-        self._key = {"tpaw.workspace": _workspace_id(), "tpaw.params": params.digest(), "tpaw.kind": "run"}
-        self.client, found = connect(EXPERIMENT)
-        self.experiment: str = found.experiment_id
-        self._server = f"{found.experiment_id}-{found.creation_time}"  # tells one server's versions from another's
+
+    @cached_property
+    def _key(self) -> dict[str, str]:
+        return {"tpaw.workspace": _workspace_id(), "tpaw.params": self.params.digest(), "tpaw.kind": "run"}
+
+    @cached_property
+    def _connected(self) -> tuple[MlflowClient, Experiment]:
+        return connect(EXPERIMENT)
+
+    @property
+    def client(self) -> MlflowClient:
+        return self._connected[0]
+
+    @property
+    def experiment(self) -> str:
+        return self._connected[1].experiment_id
+
+    @property
+    def _server(self) -> str:
+        """Tells one server's versions from another's."""
+        found = self._connected[1]
+        return f"{found.experiment_id}-{found.creation_time}"
 
     # Runs -----------------------------------------------------------------------------------------------------------
 
@@ -249,14 +268,14 @@ class Registry:
 
         Checkpoints that were never registered are registered first; a version that was deleted is no candidate.
         """
-        found = []
+        client, found = self.client, []  # a server that does not answer is told before a checkpoint is looked at
         for iteration in range(before):
             number = self.register(iteration)
             digest = checkpoint.manifest(workspace.checkpoint(iteration))["digest"]
             if number is None:
                 print(f"checkpoint {iteration}: its version was deleted from {MODEL}, so it does not play", flush=True)
                 continue
-            tags = self.client.get_model_version(MODEL, str(number)).tags
+            tags = client.get_model_version(MODEL, str(number)).tags
             found.append(Candidate(iteration, number, digest, vetoed=tags.get("team_member", "").lower() == "false"))
         return found
 

@@ -76,13 +76,15 @@ def _run_cells(folder: Path, cells: list[Cell], what: str) -> None:
     with ProcessPoolExecutor(min(cores, max(1, len(cells))), context, _alone, (ticks,)) as pool:
         jobs = [pool.submit(_work, folder.resolve(), cell) for cell in cells]
         try:
-            while not all(job.done() for job in jobs) or not ticks.empty():
+            left = jobs
+            while left:
+                time.sleep(0.2)
+                ended = [job for job in left if job.done()]
+                left = [job for job in left if job not in ended]
+                for job in ended:
+                    job.result()
                 while not ticks.empty():
                     progress.advance(ticks.get())
-                for job in jobs:
-                    if job.done():
-                        job.result()
-                time.sleep(0.2)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
