@@ -75,10 +75,7 @@ def use(
     """Switch params.yaml to a recipe, with overrides."""
     from tpaw_core import config
 
-    given = list(overrides or [])
-    if recipe is not None and "=" in recipe:
-        given.insert(0, recipe)
-        recipe = None
+    recipe, given = _apart(recipe, overrides)
     params = config.switch(recipe, given)
     print(f"params.yaml: recipe {params.recipe}{', ' + ', '.join(given) if given else ''}")
 
@@ -170,10 +167,7 @@ def compare(
     from tpaw_core import comparison, owner, plan, study, study_record
     from tpaw_core.results import failures
 
-    given = list(overrides or [])
-    if recipe is not None and "=" in recipe:
-        given.insert(0, recipe)
-        recipe = None
+    recipe, given = _apart(recipe, overrides)
     owner.die_with_it()
     home, planned = plan.make(
         recipe,
@@ -236,6 +230,12 @@ def status() -> None:
 def serve(address: str) -> None:
     """Import what stages need, and fork for each command that asks at this socket."""
     preload.serve(address)
+
+
+def _apart(recipe: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
+    """A first argument with "=" is an override, and the recipe was left out."""
+    given = list(overrides or [])
+    return (None, [recipe, *given]) if recipe is not None and "=" in recipe else (recipe, given)
 
 
 def _stage(name: str, iteration: int | None = None) -> None:

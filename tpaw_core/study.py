@@ -63,7 +63,6 @@ def _run_cells(folder: Path, cells: list[Cell], what: str) -> None:
     cells = [cell for cell in cells if not results.finished(cell, known)]
     if not cells:
         return
-    ticks: Any = multiprocessing.get_context("fork").SimpleQueue()
     total = sum(len(graph.read(cell.params)) for cell in cells)
     progress = Progress(total, what)
     if torch.accelerator.is_available():  # it is not shared, and does not survive a fork
@@ -73,6 +72,7 @@ def _run_cells(folder: Path, cells: list[Cell], what: str) -> None:
         return
     cores = len(os.sched_getaffinity(0))
     context = multiprocessing.get_context("fork")
+    ticks: Any = context.SimpleQueue()
     with ProcessPoolExecutor(min(cores, max(1, len(cells))), context, _alone, (ticks,)) as pool:
         jobs = [pool.submit(_work, folder.resolve(), cell) for cell in cells]
         try:
