@@ -11,7 +11,7 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 
 from flows import dvc
-from tpaw_core import config
+from tpaw_core import plan
 
 
 @task
@@ -53,7 +53,7 @@ def compare(
         overrides: "section.key=value" entries for all methods.
         folder: where the study lies; left out, studies/RECIPE.
     """
-    home = Path(folder) if folder else Path("studies") / (Path(recipe).stem if recipe else config.load().recipe)
+    home = plan.home(recipe, Path(folder) if folder else None)
     options = {
         "--seeds": seeds,
         "--rates": rates,

@@ -74,6 +74,7 @@ def table(plan: Plan, results: Results) -> str:
 
 def rows(plan: Plan, chosen: pd.DataFrame) -> list[Row]:
     """One row a method, in the plan's order; a method that never reached an iteration ends before it."""
+    ends = {name: by_seed(chosen, name, plan.iterations) for name in BASELINES if name in plan.methods}
     found = []
     for method in plan.methods:
         own = chosen[chosen["method"] == method]
@@ -83,8 +84,7 @@ def rows(plan: Plan, chosen: pd.DataFrame) -> list[Row]:
         last = by_iteration[-1]
         differences = {
             name: intervals.difference(last, other) if name != method and last.keys() & other.keys() else None
-            for name in BASELINES
-            if (other := by_seed(chosen, name, plan.iterations)) or name in plan.methods
+            for name, other in ends.items()
         }
         accuracy = [intervals.mean(list(values.values())) for values in by_iteration if values]
         found.append(Row(method, float(own["learning_rate"].iloc[0]), accuracy, differences))

@@ -103,14 +103,14 @@ def evaluate(
 
 def _engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Evaluation, max_length: int) -> Any:
     """The harness's model for tasks of our own: greedy answers by the generation that training uses."""
-    from lm_eval.api.model import LM
+    from lm_eval.models.huggingface import HFLM
 
     from tpaw_core import generation
     from tpaw_core.config import Generation
 
     greedy = Generation(temperature=0, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size)
 
-    class Engine(LM):
+    class Engine(HFLM):
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             # Prompts come rendered, so no BOS is added; the room for the answer is not cut from the prompt.
             texts = [request.args[0] for request in requests]
@@ -126,12 +126,7 @@ def _engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings
             )
             return list(tokenizer.batch_decode([list(a.ids) for a in answers], skip_special_tokens=True))
 
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            raise NotImplementedError
-
-        loglikelihood_rolling = loglikelihood
-
-    return Engine()
+    return Engine(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, max_length=max_length)
 
 
 def answer(text: str, pattern: str) -> str | None:

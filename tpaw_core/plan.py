@@ -77,6 +77,11 @@ class Cell(NamedTuple):
         return study / "cells" / self.method / f"{self.learning_rate:g}" / f"{self.seed}-{self.digest}"
 
 
+def home(recipe: str | None, folder: Path | None) -> Path:
+    """The study's folder: the one that is given, or the recipe's in studies/."""
+    return folder or Path("studies") / (Path(recipe).stem if recipe else config.load().recipe)
+
+
 def make(
     recipe: str | None,
     overrides: list[str],
@@ -91,8 +96,7 @@ def make(
 
     Raises TpawError for an unknown method, or text that is not seeds or rates.
     """
-    if folder is None:
-        folder = Path("studies") / (Path(recipe).stem if recipe else config.load().recipe)
+    folder = home(recipe, folder)
     path = folder / PLAN_FILE
     known = json.loads(path.read_text()) if path.exists() else {}
     name = recipe or known.get("recipe") or str(config.PARAMS_FILE)

@@ -6,6 +6,7 @@ Cells that the files hold need not be run again, on whatever machine: a study gr
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -99,6 +100,16 @@ def training_log(home: Path, iteration: int) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def logged(home: Path, iterations: int) -> Iterator[tuple[int, int, dict[str, float]]]:
+    """Iteration, step and entry of a cell's training logs; steps are counted through all iterations."""
+    offset = 0
+    for iteration in range(1, iterations + 1):
+        log = training_log(home, iteration)
+        for entry in log:
+            yield iteration, offset + int(entry["step"]), entry
+        offset += int(log[-1]["step"]) if log else 0
+
+
 def _cell(folder: Path, cell: Cell, known: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
@@ -155,7 +166,6 @@ def _seconds(home: Path, iteration: int) -> list[Path]:
 
 
 def _steps(folder: Path, cell: Cell, known: pd.DataFrame) -> pd.DataFrame:
-    """Steps are counted through all iterations."""
     import pandas as pd
 
     home = cell.folder(folder)
@@ -164,14 +174,10 @@ def _steps(folder: Path, cell: Cell, known: pd.DataFrame) -> pd.DataFrame:
     own = {**dict(zip(KEY, cell.key, strict=True)), "params": cell.digest}
     names = {"rewards/chosen": "target_reward", "weights/target_active": "target_active"}
     rows: list[dict[str, Any]] = []
-    offset = 0
-    for iteration in range(1, len(cell.params.iterations) + 1):
-        log = training_log(home, iteration)
-        for entry in log:
-            players = {name: name.replace("weights/player/", "player_") for name in entry if "weights/player" in name}
-            values = {kept: float(f"{entry[name]:.6g}") for name, kept in (names | players).items() if name in entry}
-            rows.append({**own, "iteration": iteration, "step": offset + int(entry["step"]), **values})
-        offset += int(log[-1]["step"]) if log else 0
+    for iteration, step, entry in logged(home, len(cell.params.iterations)):
+        players = {name: name.replace("weights/player/", "player_") for name in entry if "weights/player" in name}
+        values = {kept: float(f"{entry[name]:.6g}") for name, kept in (names | players).items() if name in entry}
+        rows.append({**own, "iteration": iteration, "step": step, **values})
     return pd.DataFrame(rows)
 
 

@@ -73,7 +73,7 @@ def _run_cells(folder: Path, cells: list[Cell], what: str) -> None:
     cores = len(os.sched_getaffinity(0))
     context = multiprocessing.get_context("fork")
     ticks: Any = context.SimpleQueue()
-    with ProcessPoolExecutor(min(cores, max(1, len(cells))), context, _alone, (ticks,)) as pool:
+    with ProcessPoolExecutor(min(cores, len(cells)), context, _alone, (ticks,)) as pool:
         jobs = [pool.submit(_work, folder.resolve(), cell) for cell in cells]
         try:
             left = jobs

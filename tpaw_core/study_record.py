@@ -13,7 +13,7 @@ from mlflow.entities import Metric, Param, Run
 from mlflow import MlflowClient
 from tpaw_core import config, registry
 from tpaw_core.plan import PLAN_FILE, Cell, Plan
-from tpaw_core.results import KEY, Results, training_log
+from tpaw_core.results import KEY, Results, logged
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +41,7 @@ def _record_cell(
     client: MlflowClient, experiment: str, parent: str, folder: Path, cell: Cell, rows: pd.DataFrame
 ) -> None:
     name = f"{cell.method}, rate {cell.learning_rate:g}, seed {cell.seed}"
-    tags = {"mlflow.parentRunId": parent, "tpaw.cell": name}
+    tags = {"mlflow.parentRunId": parent, "tpaw.cell": name, "tpaw.params": cell.digest}
     run = _run(client, experiment, tags, name)
     run_id, digest = run.info.run_id, config.digest(rows.to_json())
     if run.data.tags.get("tpaw.results") == digest:
@@ -57,13 +57,8 @@ def _record_cell(
         for column, value in row.items()
         if value is not None and value == value
     ]
-    offset = 0
-    for iteration in range(1, len(cell.params.iterations) + 1):
-        log = training_log(cell.folder(folder), iteration)
-        for entry in log:
-            step = offset + int(entry["step"])
-            metrics += [Metric(key, value, 0, step) for key, value in entry.items() if key not in ("step", "epoch")]
-        offset += int(log[-1]["step"]) if log else 0
+    for _, step, entry in logged(cell.folder(folder), len(cell.params.iterations)):
+        metrics += [Metric(key, value, 0, step) for key, value in entry.items() if key not in ("step", "epoch")]
     for start in range(0, len(metrics), 1000):
         client.log_batch(run_id, metrics=metrics[start : start + 1000])
     client.set_tag(run_id, "tpaw.chosen", str(bool(rows["chosen"].iloc[0])).lower())
