@@ -53,7 +53,7 @@ def rows(arguments: argparse.Namespace) -> dict[str, float]:
             model.save_pretrained(at)
             tokenizer.save_pretrained(at)
             (at / "number").write_text(str(number))
-            checkpoint.seal(at, iteration=number, parent=None, params="0" * 64)
+            checkpoint.seal(at, number, checkpoint.Origin())
         scoring.batches = (
             lambda model, pairs, **_: (  # type: ignore[assignment]
                 (range(i, min(i + 256, len(pairs))), [-0.5 * len(r) for _, r in pairs[i : i + 256]])

@@ -17,7 +17,7 @@ from pathlib import Path
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from tpaw_core import preload
+from tpaw_core import preload, workspace
 
 HINTS = ("To track the changes", "To enable auto staging", "Use `dvc push`", "\tgit add", "\tdvc config")
 TEMPORARY = {75, 137, 143}  # exit statuses where trying again can help: a service did not answer, a signal came
@@ -31,9 +31,13 @@ class StageFailed(RuntimeError):
         self.temporary = temporary
 
 
-def repro(stage: str) -> bool:
-    """Bring one stage up to date; True where it had to run, False where there was nothing to do."""
-    lines = run("dvc", "repro", "--single-item", stage)
+def repro(stage: str, iteration: int = 0) -> bool:
+    """Bring one stage up to date; True where it had to run, False where there was nothing to do.
+
+    A pruned checkpoint is not made again for a stage that has nothing else to do.
+    """
+    pruned = any(workspace.pruned(t).exists() for t in (iteration - 1, iteration))
+    lines = run("dvc", "repro", "--single-item", *(["--allow-missing"] if pruned else []), stage)
     return any(line.startswith("Running stage") for line in lines)
 
 

@@ -15,6 +15,7 @@ from uuid import UUID
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
 
 from flows import dvc
 from tpaw_core import config, report, workspace
@@ -49,32 +50,37 @@ def fine_tune() -> bool:
 
 @task(**RETRY, task_run_name="generate-{iteration}")
 def generate(iteration: int) -> bool:
-    return dvc.repro(f"generate@{iteration}")
+    return dvc.repro(f"generate@{iteration}", iteration)
 
 
 @task(**RETRY, task_run_name="assemble-team-{iteration}")
 def assemble_team(iteration: int) -> bool:
-    return dvc.repro(f"team@{iteration}")
+    return dvc.repro(f"team@{iteration}", iteration)
 
 
 @task(**RETRY, task_run_name="compute-adaptive-weights-{iteration}")
 def compute_adaptive_weights(iteration: int) -> bool:
-    return dvc.repro(f"weights@{iteration}")
+    return dvc.repro(f"weights@{iteration}", iteration)
 
 
 @task(**RETRY, task_run_name="train-{iteration}")
 def train(iteration: int) -> bool:
-    return dvc.repro(f"train@{iteration}")
+    return dvc.repro(f"train@{iteration}", iteration)
 
 
 @task(**RETRY, task_run_name="evaluate-{iteration}")
 def evaluate(iteration: int) -> bool:
-    return dvc.repro(f"evaluate@{iteration}" if iteration else "evaluate-sft")
+    return dvc.repro(f"evaluate@{iteration}" if iteration else "evaluate-sft", iteration)
 
 
 @task(**RETRY)
 def write_report() -> bool:
     return dvc.repro("report")
+
+
+@task(**RETRY)
+def prune() -> None:
+    dvc.run("tpaw", "prune", "--yes")
 
 
 @task
@@ -88,7 +94,7 @@ def show_results(params: Params, seconds: dict[str, float]) -> None:
     for iteration in report.evaluated():
         run = registry.run_of(checkpoint.manifest(workspace.checkpoint(iteration))["digest"])
         link = f"[{run}]({tracking_uri()}/#/experiments/{registry.experiment}/runs/{run})"
-        lines.append(f"| {iteration} | {link if tracking_uri().startswith('http') else run} |")
+        lines.append(f"| {iteration} | {link if run and tracking_uri().startswith('http') else run or 'pruned'} |")
     lines += ["", f"Registered model `tpaw-policy`, experiment `{EXPERIMENT}`.", "", "| stage | seconds |", "|---|---|"]
     lines += [f"| {stage} | {value:.1f} |" for stage, value in seconds.items()]
     create_markdown_artifact("\n".join(lines), key="tpaw-result", description="One row a checkpoint")
@@ -96,15 +102,26 @@ def show_results(params: Params, seconds: dict[str, float]) -> None:
 
 
 @flow(name="tpaw", log_prints=True)
-def tpaw(iterations: int | None = None, recipe: str | None = None, overrides: list[str] | None = None) -> None:
+def tpaw(
+    iterations: int | None = None,
+    recipe: str | None = None,
+    overrides: list[str] | None = None,
+    prune_after: bool = False,
+) -> None:
     """Improve a model from its own fine-tuning rows.
 
     Args:
         iterations: how far to go; left out, all that params.yaml lists.
         recipe: switch params.yaml to this recipe first; left out, params.yaml stays.
         overrides: "section.key=value" entries, written to params.yaml.
+        prune_after: after each iteration remove what no team, alias or lineage needs any more (`tpaw prune`).
     """
-    params = configure(recipe, overrides or [], iterations)
+    with workspace.exclusive(f"flow run {flow_run.name}", "flow"):
+        iterate(configure(recipe, overrides or [], iterations), iterations, prune_after)
+
+
+def iterate(params: Params, iterations: int | None, prune_after: bool) -> None:
+    """All stages in their order."""
     last = len(params.iterations) if iterations is None else iterations
     seconds: dict[str, float] = {}
     done, total = 0, 4 + 5 * last
@@ -129,6 +146,8 @@ def tpaw(iterations: int | None = None, recipe: str | None = None, overrides: li
             step(compute_adaptive_weights, iteration)
             step(train, iteration)
             step(evaluate, iteration)
+            if prune_after:
+                prune()
             show_results(params, seconds)
         step(write_report)
         show_results(params, seconds)

@@ -104,7 +104,7 @@ def save_checkpoint(tokenizer: Any) -> Callable[..., checkpoint.Manifest]:
         folder.mkdir(parents=True)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        return checkpoint.seal(folder, iteration=iteration, parent=parent, params="0" * 64)
+        return checkpoint.seal(folder, iteration, checkpoint.Origin(parent))
 
     return save
 

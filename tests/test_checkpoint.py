@@ -24,7 +24,7 @@ def folder(model: Any, save_checkpoint: Callable[..., Any], tmp_path: Path) -> P
 
 def test_a_sound_checkpoint_is_verified_and_loads_what_was_saved(folder: Path, model: Any, tokenizer: Any) -> None:
     found = checkpoint.verify(folder)
-    assert (found["iteration"], found["parent"], found["params"]) == (1, "f" * 64, "0" * 64)
+    assert (found["iteration"], found["parent"], found["team"]) == (1, "f" * 64, [])
     assert set(found["files"]) == {path.name for path in folder.iterdir()} - {"manifest.json"}
     assert "model.safetensors" in found["files"]
     loaded = checkpoint.load_model(folder, dtype="float32")
@@ -71,7 +71,7 @@ def test_what_was_done_to_a_checkpoint_is_found_and_named(harm: Break, message: 
 
 def test_a_pickle_is_refused_also_where_the_manifest_lists_it(model: Any, folder: Path) -> None:
     (folder / "optimizer.pt").write_bytes(b"x")
-    checkpoint.seal(folder, iteration=1, parent=None, params="")
+    checkpoint.seal(folder, 1, checkpoint.Origin())
     with pytest.raises(TpawError, match=r"optimizer\.pt: is a pickle file"):
         checkpoint.verify(folder)
 
@@ -125,7 +125,7 @@ def test_the_digest_depends_on_bytes_and_on_nothing_else(
     for path in copy.iterdir():
         os.utime(path, (0, 0))
         path.chmod(0o600)
-    assert checkpoint.seal(copy, iteration=2, parent=None, params="other")["digest"] == first
+    assert checkpoint.seal(copy, 2, checkpoint.Origin(params={"seed": 2}))["digest"] == first
     assert save_checkpoint(make_model(0), tmp_path / "same", iteration=7)["digest"] == first
     assert save_checkpoint(make_model(1), tmp_path / "other")["digest"] != first
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,95 +16,19 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from ruamel.yaml import YAML
 
+from chaos.workspace import BIN, Workspace
 from mlflow import MlflowClient
-
-BIN = Path(sys.executable).parent
-TINY = [
-    "model.scratch.hidden_size=64",
-    "model.scratch.num_hidden_layers=1",
-    "model.scratch.num_attention_heads=2",
-    "model.scratch.intermediate_size=128",
-    "data.max_train_rows=48",
-    "data.max_heldout_rows=16",
-    "sft.num_train_epochs=10",
-    "training.per_device_train_batch_size=1",
-    "training.save_steps=2",
-    "training.logging_steps=2",
-]
-
-
-class Workspace:
-    """A folder with the project's pipeline in it, and commands run there."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_TRACKING", "TPAW_"))},
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            "TPAW_PREFECT_PORT": str(_free_port()),
-            "TPAW_MLFLOW_PORT": str(_free_port()),
-            "OMP_NUM_THREADS": "1",
-        }
-        self.environment["PREFECT_API_URL"] = f"http://127.0.0.1:{self.environment['TPAW_PREFECT_PORT']}/api"
-
-    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True)
-        assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
-        return done
-
-    def flow(self, *parameters: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        given = [word for parameter in parameters for word in ("--param", parameter)]
-        return self.run("prefect", "deployment", "run", "tpaw/iterate", "--watch", *given, check=check)
-
-    def stale(self) -> set[str]:
-        """The stages that `dvc repro` would run."""
-        return set(json.loads(self.run("dvc", "status", "--json").stdout))
-
-    def lock(self) -> dict[str, dict[str, str]]:
-        """Digest of every output by stage, from dvc.lock."""
-        stages = YAML(typ="safe").load(self.folder / "dvc.lock")["stages"]
-        return {name: {out["path"]: out["md5"] for out in stage["outs"]} for name, stage in stages.items()}
-
-    def params(self) -> dict[str, dict[str, object]]:
-        return YAML(typ="safe").load(self.folder / "params.yaml")
-
-    def digest(self, iteration: int) -> str:
-        return json.loads((self.folder / "checkpoints" / str(iteration) / "manifest.json").read_text())["digest"]
-
-    def team(self, iteration: int) -> list[int]:
-        members = json.loads((self.folder / "teams" / f"{iteration}.json").read_text())["members"]
-        return [member["iteration"] for member in members]
-
-    def client(self) -> MlflowClient:
-        return MlflowClient(f"sqlite:///{self.folder / '.tpaw' / 'mlflow' / 'mlflow.db'}")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[Workspace]:
     """A workspace after `dvc repro` of SFT and two iterations."""
-    folder = tmp_path_factory.mktemp("loop")
-    for name in ("dvc.yaml", "prefect.yaml", "prefect.toml", ".gitignore", "recipes", "flows"):
-        (shutil.copytree if (root / name).is_dir() else shutil.copy)(root / name, folder / name)
-    (folder / ".dvc").mkdir()
-    shutil.copy(root / ".dvc" / "config", folder / ".dvc" / "config")
-    workspace = Workspace(folder)
-    workspace.run("git", "init", "--quiet")
-    workspace.run("tpaw", "use", "demo", *TINY)
-    text = (folder / "params.yaml").read_text()
-    (folder / "params.yaml").write_text(re.sub(r"  '[34]': .*\n", "", text))
-    workspace.run("tpaw", "data")
-    workspace.run("dvc", "add", "--quiet", "data")
-    workspace.run("dvc", "repro")
+    workspace = Workspace.make(tmp_path_factory.mktemp("loop"))
+    with workspace.preloaded():
+        workspace.run("dvc", "repro")
     yield workspace
     workspace.run("tpaw", "down", check=False)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_a_finished_loop_has_nothing_to_do_and_every_output_is_there(made: Workspace) -> None:

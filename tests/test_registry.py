@@ -101,7 +101,7 @@ def test_a_checkpoint_made_anew_is_a_new_version(
     shutil.rmtree(workspace.checkpoint(0))
     save_checkpoint(make_model(9), workspace.checkpoint(0))
     assert found.register(0) == 2
-    assert [c.version for c in found.candidates(1)] == [2]
+    assert [c.version for c in found.candidates(range(1))] == [2]
     assert alias(found, registry.NEWEST) == 2
 
 
@@ -117,7 +117,7 @@ def test_candidates_are_the_older_checkpoints_and_are_registered_where_nobody_di
     found: Registry, make: Callable[[int], str]
 ) -> None:
     digests = [make(t) for t in range(3)]
-    assert [(c.iteration, c.version, c.digest, c.vetoed) for c in found.candidates(2)] == [
+    assert [(c.iteration, c.version, c.digest, c.vetoed) for c in found.candidates(range(2))] == [
         (0, 1, digests[0], False),
         (1, 2, digests[1], False),
     ]
@@ -128,14 +128,14 @@ def test_a_deleted_version_does_not_play_until_it_is_brought_back(
     found: Registry, make: Callable[[int], str], params: config.Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(0), make(1)
-    assert [c.version for c in found.candidates(2)] == [1, 2]
+    assert [c.version for c in found.candidates(range(2))] == [1, 2]
     found.client.delete_model_version(registry.MODEL, "1")
-    assert [c.iteration for c in found.candidates(2)] == [1]
+    assert [c.iteration for c in found.candidates(range(2))] == [1]
     assert "checkpoint 0: its version was deleted" in capsys.readouterr().out
     assert Registry(params).register(0) is None
     back = found.register(0, again=True)
     assert back not in (None, 2)
-    assert [(c.iteration, c.version) for c in found.candidates(2)] == [(0, back), (1, 2)]
+    assert [(c.iteration, c.version) for c in found.candidates(range(2))] == [(0, back), (1, 2)]
 
 
 def test_what_another_server_has_never_seen_is_not_taken_for_deleted(
@@ -147,7 +147,7 @@ def test_what_another_server_has_never_seen_is_not_taken_for_deleted(
     shutil.copy(database, "other.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path('other.db').resolve()}")
     other = Registry(params)
-    assert [c.iteration for c in other.candidates(1)] == [0]
+    assert [c.iteration for c in other.candidates(range(1))] == [0]
     assert len(versions(other)) == 1
 
 
@@ -158,7 +158,7 @@ def test_the_tag_team_member_false_is_a_veto(
     make(0)
     found.register(0)
     found.client.set_model_version_tag(registry.MODEL, "1", "team_member", value)
-    assert [c.vetoed for c in found.candidates(1)] == [vetoed]
+    assert [c.vetoed for c in found.candidates(range(1))] == [vetoed]
 
 
 def test_champion_is_the_best_of_its_recipe_and_newest_the_last(found: Registry, make: Callable[[int], str]) -> None:

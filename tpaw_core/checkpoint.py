@@ -5,10 +5,14 @@ Knows files and digests; must not know the registry or the stages.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from tpaw_core import config, workspace
 from tpaw_core.errors import TpawError
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MANIFEST = "manifest.json"
+VERSIONED = ("tpaw", "torch", "transformers", "tokenizers")
 PICKLE = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
@@ -26,24 +31,56 @@ class Manifest(TypedDict):
     iteration: int
     digest: str  # of `files`: the checkpoint's identity
     parent: str | None  # digest of the checkpoint it was trained from
-    params: str  # digest of those parameters that decide its bytes
+    team: list[str]  # digests of the main players, newest first
+    made_from: dict[str, str]  # what else was read -> its digest
+    params: dict[str, Any]  # those parameters that decide its bytes
+    versions: dict[str, str]  # of Python and the packages that do
     files: dict[str, str]  # name -> SHA-256
 
 
-def seal(folder: Path, *, iteration: int, parent: str | None, params: str) -> Manifest:
+class Origin(NamedTuple):
+    """Where a checkpoint comes from, as its manifest says it."""
+
+    parent: str | None = None
+    team: Sequence[str] = ()
+    made_from: Mapping[str, str] = {}
+    params: Mapping[str, Any] = {}
+
+
+def seal(folder: Path, iteration: int, origin: Origin) -> Manifest:
     """Write the manifest of a finished checkpoint folder."""
     files = {path.name: workspace.sha256(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
-    manifest = Manifest(iteration=iteration, digest=config.digest(files), parent=parent, params=params, files=files)
+    manifest = Manifest(
+        iteration=iteration,
+        digest=config.digest(files),
+        parent=origin.parent,
+        team=list(origin.team),
+        made_from=dict(origin.made_from),
+        params=dict(origin.params),
+        versions=_versions(),
+        files=files,
+    )
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        with contextlib.suppress(PackageNotFoundError):  # the code may run from a folder, uninstalled
+            found[name] = version(name)
+    return found
+
+
 def manifest(folder: Path) -> Manifest:
-    """Read and check the manifest's form, not the files.
+    """Read and check the manifest's form, not the files; a pruned checkpoint has left its own behind.
 
     Raises TpawError where it is missing or malformed.
     """
-    path = workspace.need(folder / MANIFEST, f"make checkpoint {folder.name} first, or restore it with `dvc checkout`")
+    path = folder / MANIFEST
+    if not folder.exists() and folder.name.isdecimal() and workspace.pruned(int(folder.name)).exists():
+        path = workspace.pruned(int(folder.name))
+    workspace.need(path, f"make checkpoint {folder.name} first, or restore it with `dvc checkout`")
     try:
         found: Manifest = json.loads(path.read_text(encoding="utf-8"))
         good = set(found) == set(Manifest.__annotations__) and config.digest(found["files"]) == found["digest"]
@@ -60,6 +97,8 @@ def verify(folder: Path) -> Manifest:
     Raises TpawError naming the file.
     """
     found = manifest(folder)
+    if not folder.exists():
+        raise TpawError(f"{folder}: was pruned; make it again with `dvc repro train@{folder.name}`")
     remedy = f"restore it with `dvc checkout --force {folder}` or make the checkpoint again"
     for path in folder.iterdir():
         if path.suffix in PICKLE:
@@ -95,6 +134,16 @@ def load_model(source: str | Path, *, dtype: str = "auto", revision: str | None 
     # What a model brings along (a repetition penalty, a minimal length) would sample from something else than pi.
     model.generation_config = GenerationConfig(eos_token_id=model.config.eos_token_id)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def identity(model: PreTrainedModel, source: str) -> str:
+    """Of a base model: the digest of a folder's weights, or the hub's commit."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return str(model.config._commit_hash)
+    if (folder / MANIFEST).exists():
+        return manifest(folder)["digest"]
+    return config.digest({path.name: workspace.sha256(path) for path in sorted(folder.glob("*.safetensors"))})
 
 
 def _load(loader: Any, source: str | Path, revision: str | None, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: one sub-command a stage, plus use, data, table, register, up, down and status.
+"""The command line: one sub-command a stage, plus what looks after a workspace and its services.
 
 Heavy imports happen inside the stages, so that `tpaw --help` answers at once.
 """
@@ -73,10 +73,11 @@ def use(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
 ) -> None:
     """Switch params.yaml to a recipe, with overrides."""
-    from tpaw_core import config
+    from tpaw_core import config, workspace
 
     recipe, given = _apart(recipe, overrides)
-    params = config.switch(recipe, given)
+    with workspace.exclusive("use", "flow"):  # a flow that runs has read the params
+        params = config.switch(recipe, given)
     print(f"params.yaml: recipe {params.recipe}{', ' + ', '.join(given) if given else ''}")
 
 
@@ -198,6 +199,44 @@ def register(
     params = config.load()
     for iteration, version in stages.register(params, stages.open_registry(params), again=again):
         print(f"checkpoint {iteration}: {f'version {version}' if version else 'deleted from the registry (--again)'}")
+
+
+@app.command()
+def verify() -> None:
+    """Check every digest, name and number that one file holds of another, here, in DVC's cache and in MLflow."""
+    from tpaw_core import config, integrity, stages
+
+    found = integrity.check(stages.open_registry(config.load()))
+    for line in found.disagreements:
+        print(line)
+    print("checked: " + ", ".join(f"{count} {kind}" for kind, count in found.checked.items()))
+    if found.disagreements:
+        raise TpawError(f"{len(found.disagreements)} disagree, as said above")
+    print("nothing disagrees")
+
+
+@app.command()
+def lineage(iteration: Annotated[int, typer.Option("--iteration", "-t", min=0, help="The checkpoint.")]) -> None:
+    """Print where checkpoint t comes from, back to the base model."""
+    from tpaw_core import lineage as origins
+
+    print(origins.text(iteration))
+
+
+@app.command()
+def prune(yes: Annotated[bool, typer.Option("--yes", help="Do it.")] = False) -> None:
+    """Say what no team, alias or lineage needs any more; with --yes, remove it."""
+    from tpaw_core import config, retention, stages, workspace
+
+    params = config.load()
+    with workspace.exclusive("prune"):
+        found = retention.removals(params, stages.open_registry(params))
+        for removal in found:
+            print(f"{removal.bytes / 1e6:.1f} MB: {removal.what}")
+        for removal in found if yes else []:
+            removal.remove()
+    said = "removed" if yes else "would go; `tpaw prune --yes` removes it"
+    print(f"{sum(removal.bytes for removal in found) / 1e6:.1f} MB {said}" if found else "nothing can go")
 
 
 @app.command()

@@ -218,6 +218,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree's leaves by dotted key."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return leaves
+
+
 def read_yaml(path: Path) -> Any:
     """The tree in a YAML file, comments kept for writing it again."""
     try:

@@ -13,19 +13,22 @@ import os
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, Run
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from mlflow import MlflowClient
-from tpaw_core import checkpoint, workspace
+from tpaw_core import checkpoint, config, workspace
 from tpaw_core.config import Params
 from tpaw_core.errors import TpawError, Unavailable
 from tpaw_core.team import Candidate
+from tpaw_core.workspace import Removal
 
 EXPERIMENT = "tpaw"
 UNFINISHED = "attributes.status != 'FINISHED'"
@@ -111,7 +114,7 @@ class Registry:
             return unfinished
         tags = {**self._key, "tpaw.recipe": self.params.recipe, **({"prefect.flow_run_id": session} if session else {})}
         run = self.client.create_run(self.experiment, tags=tags, run_name=self.params.recipe)
-        self._log_params(run, _flat(self.params.model_dump(by_alias=True, exclude_none=True)))
+        self._log_params(run, config.flat(self.params.model_dump(by_alias=True, exclude_none=True)))
         return run
 
     def _reopen(self) -> None:
@@ -190,12 +193,13 @@ class Registry:
         None where it was registered before and somebody has deleted that version since; ``again`` brings it back.
         """
         folder = workspace.checkpoint(iteration)
-        manifest = checkpoint.verify(folder)
+        manifest = checkpoint.manifest(folder)
         ledger = _ledgers().get(self._server, {})
         versions = {v.tags.get("digest"): v for v in self._versions()}
         if manifest["digest"] not in versions:
             if manifest["digest"] in ledger and not again:
                 return None
+            checkpoint.verify(folder)
             run = self.iteration(iteration)
             run_id = run.info.run_id
             self.client.log_artifacts(run_id, str(folder), "model")
@@ -220,6 +224,41 @@ class Registry:
             with workspace.publish(LEDGER) as aside:
                 aside.write_text(json.dumps(everywhere, indent=1))
         return number
+
+    def check(self, iteration: int) -> None:
+        """Compare checkpoint ``iteration`` with its version: one, of this parent, with the same files.
+
+        Files that another machine serves are compared by name and size.
+        Raises TpawError where they disagree.
+        """
+        folder = workspace.checkpoint(iteration)
+        manifest = checkpoint.manifest(folder)
+        own = [v for v in self._versions() if v.tags.get("digest") == manifest["digest"]]
+        if not own:
+            if manifest["digest"] in _ledgers().get(self._server, {}):
+                return  # somebody has deleted it
+            raise TpawError(f"{folder}: is no version of {MODEL}; run `tpaw register`")
+        name = f"{folder}: version {own[0].version} of {MODEL}"
+        if len(own) > 1:
+            raise TpawError(f"{folder}: is registered {len(own)} times; delete all but one of its versions in MLflow")
+        if own[0].tags.get("parent", "") != (manifest["parent"] or "") or own[0].tags.get("iteration") != str(
+            iteration
+        ):
+            raise TpawError(
+                f"{name} has other tags than its manifest; delete it in MLflow, then `tpaw register --again`"
+            )
+        kept = urlparse(f"{self.client.get_run(own[0].run_id).info.artifact_uri}/model")
+        if kept.scheme in ("", "file"):
+            differs = next(
+                (file for file, sha in manifest["files"].items() if _sum(Path(unquote(kept.path)) / file) != sha), None
+            )
+        else:
+            sizes = {Path(a.path).name: a.file_size for a in self.client.list_artifacts(own[0].run_id, "model")}
+            differs = next((f for f in manifest["files"] if sizes.get(f) != (folder / f).stat().st_size), None)
+        if differs is not None:
+            raise TpawError(
+                f"{name}: its {differs} in MLflow is missing or damaged; delete it, then `tpaw register --again`"
+            )
 
     def record_evaluation(
         self, iteration: int, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
@@ -263,13 +302,13 @@ class Registry:
         """The report's tables and plots into the workspace's run."""
         self.client.log_artifacts(self.parent().info.run_id, str(folder), "report")
 
-    def candidates(self, before: int) -> list[Candidate]:
-        """The registered checkpoints of this workspace that are older than iteration ``before``.
+    def candidates(self, iterations: Sequence[int]) -> list[Candidate]:
+        """Those of these checkpoints of the workspace that are registered.
 
         Checkpoints that were never registered are registered first; a version that was deleted is no candidate.
         """
         client, found = self.client, []  # a server that does not answer is told before a checkpoint is looked at
-        for iteration in range(before):
+        for iteration in iterations:
             number = self.register(iteration)
             digest = checkpoint.manifest(workspace.checkpoint(iteration))["digest"]
             if number is None:
@@ -279,16 +318,48 @@ class Registry:
             found.append(Candidate(iteration, number, digest, vetoed=tags.get("team_member", "").lower() == "false"))
         return found
 
+    def aliased(self) -> set[str]:
+        """Digests of the versions that an alias names."""
+        named = {str(number) for number in self._model().aliases.values()}
+        return {v.tags["digest"] for v in self._versions() if str(v.version) in named and "digest" in v.tags}
+
+    def removals(self, kept: Collection[str]) -> list[Removal]:
+        """This workspace's versions and their files, but for these digests and for what an alias names."""
+        spared = {*kept, *self.aliased()}
+        own = []
+        for version in self._versions():
+            if version.tags.get("digest") in spared or "run" not in version.tags:
+                continue
+            if self.client.get_run(version.tags["run"]).data.tags.get("tpaw.workspace") == _workspace_id():
+                size = sum(file.file_size or 0 for file in self.client.list_artifacts(version.run_id, "model"))
+                what = f"version {version.version} of {MODEL} and its files, checkpoint {version.tags['iteration']}"
+                own.append(Removal(what, size, partial(self._remove, version)))
+        return own
+
+    def _remove(self, version: Any) -> None:
+        """The files first: what is left of a version whose removal was stopped is found again."""
+        root = self.client.get_run(version.run_id).info.artifact_uri
+        get_artifact_repository(root, tracking_uri=tracking_uri()).delete_artifacts("model")
+        self.client.delete_model_version(MODEL, version.version)
+
     def run_of(self, digest: str) -> str | None:
         """The run that made the checkpoint with this digest."""
         return next((v.run_id for v in self._versions() if v.tags.get("digest") == digest), None)
 
-    def _versions(self) -> list[Any]:
+    def _model(self) -> Any:
         try:
-            self.client.get_registered_model(MODEL)
+            return self.client.get_registered_model(MODEL)
         except MlflowException:
-            self.client.create_registered_model(MODEL, description="Policies made by tpaw, one version a checkpoint.")
+            about = "Policies made by tpaw, one version a checkpoint."
+            return self.client.create_registered_model(MODEL, description=about)
+
+    def _versions(self) -> list[Any]:
+        self._model()
         return list(self.client.search_model_versions(f"name = '{MODEL}'", max_results=10000))
+
+
+def _sum(path: Path) -> str | None:
+    return workspace.sha256(path) if path.is_file() else None
 
 
 def _ledgers() -> dict[str, dict[str, int]]:
@@ -317,10 +388,3 @@ def _answering(uri: str) -> None:
             f"MLFLOW_TRACKING_URI {uri}: no MLflow server answers ({error}); start it with `make up`, "
             "or unset the variable to use the local database"
         ) from None
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
-    return flat

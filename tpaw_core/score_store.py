@@ -59,7 +59,7 @@ class ScoreStore:
         named = keys(pairs) if named is None else named
         self._requests.update(named.tobytes() + b"end of a request")
         folder = self._root / self._requests.hexdigest()[:32]
-        self._files += [_open(path) for path in sorted(folder.glob("*.npy"))]
+        self._files += [read(path) for path in sorted(folder.glob("*.npy"))]
         asked, first, where = np.unique(named, return_index=True, return_inverse=True)
         values = np.full(len(asked), np.nan)
         new = np.ones(len(asked), bool)
@@ -78,7 +78,7 @@ class ScoreStore:
                 if sum(map(len, waiting)) >= ENTRIES_A_FILE:
                     _add(folder, asked, values, waiting)
             _add(folder, asked, values, waiting)
-            self._files += [_open(path) for path in sorted(folder.glob("*.npy"))]
+            self._files += [read(path) for path in sorted(folder.glob("*.npy"))]
         return values[where], len(missing)
 
 
@@ -107,7 +107,11 @@ def _name(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def _open(path: Path) -> NDArray[np.void]:
+def read(path: Path) -> NDArray[np.void]:
+    """One file's entries, mapped.
+
+    Raises TpawError where its bytes are not those it is named for.
+    """
     try:
         if not workspace.sha256(path).startswith(path.stem):
             raise ValueError("its bytes are not those it was named for")

@@ -84,8 +84,17 @@ def sft(params: Params, registry: Registry | None) -> None:
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
         log: list[dict[str, float]] = []
-        made_by = config.digest([params.seed, own.model_dump(), params.sft.model_dump()])
-        state = workspace.TRAINING_STATE / f"0-{config.digest([made_by, workspace.sha256(workspace.TRAIN_ROWS)])[:16]}"
+        deciding = {
+            "seed": params.seed,
+            "model": own.model_dump(mode="json"),
+            "sft": params.sft.model_dump(mode="json"),
+        }
+        rows = workspace.sha256(workspace.TRAIN_ROWS)
+        made_from = {workspace.TRAIN_ROWS.as_posix(): rows}
+        if own.model_name_or_path is not None:
+            made_from[own.model_name_or_path] = checkpoint.identity(model, own.model_name_or_path)
+        origin = checkpoint.Origin(made_from=made_from, params=deciding)
+        state = workspace.TRAINING_STATE / f"0-{config.digest([deciding, rows])[:16]}"
         if params.sft.enabled:
             encoded = _encoded(params, tokenizer, data.read(workspace.TRAIN_ROWS))
             with _recorded(registry, 0) as on_log:
@@ -98,12 +107,12 @@ def sft(params: Params, registry: Registry | None) -> None:
                     state=state,
                     on_log=on_log,
                 )
-                _publish(params, 0, model, tokenizer, log, parent=None, made_by=made_by)
+                _publish(params, 0, model, tokenizer, log, origin)
                 if registry:
                     registry.log_dataset(registry.iteration(0), workspace.TRAIN_ROWS, len(encoded.row_ids), "training")
                     registry.register(0)
         else:
-            _publish(params, 0, model, tokenizer, log, parent=None, made_by=made_by)
+            _publish(params, 0, model, tokenizer, log, origin)
             if registry:
                 registry.register(0)
         shutil.rmtree(state, ignore_errors=True)
@@ -155,9 +164,10 @@ def assemble_team(params: Params, iteration: int, registry: Registry | None) -> 
 
     with workspace.exclusive(f"team@{iteration}"):
         _parent(iteration)
-        candidates = registry.candidates(iteration) if registry else _candidates(iteration)
         try:
-            chosen = team.assemble(candidates, iteration=iteration, size=params.team.size, exclude=params.team.exclude)
+            chosen = team.assemble(
+                candidates(iteration, registry), iteration=iteration, size=params.team.size, exclude=params.team.exclude
+            )
         except ValueError as error:
             raise TpawError(
                 f"team of iteration {iteration}: {error}; look at team.exclude and the tags in MLflow"
@@ -285,16 +295,25 @@ def train(params: Params, iteration: int, registry: Registry | None) -> None:
         tokenizer = checkpoint.load_tokenizer(folder)
         encoded = _encoded(params, tokenizer)
         objective, settings = params.objective_at(iteration), params.training_at(iteration)
-        own = objective.model_dump(exclude={"gamma", "player_weighting"})  # they decide the weights, and these are read
-        made_by = config.digest([params.seed, params.model.dtype, own, settings.model_dump()])
+        # What decides the weights is left out: these are read.
+        own = objective.model_dump(mode="json", by_alias=True, exclude={"gamma", "player_weighting"})
+        deciding = {
+            "seed": params.seed,
+            "model": {"dtype": params.model.dtype},
+            "objective": own,
+            "training": settings.model_dump(mode="json"),
+        }
+        made_from, team = [workspace.TRAIN_ROWS], []
         if objective.name == "sft":
             learn: Any = partial(training.sft, rows=list(zip(encoded.prompts, encoded.chosen, strict=True)))
-            read = workspace.sha256(workspace.TRAIN_ROWS)
         else:
             learn = partial(training.self_play, groups=_groups(iteration, encoded, objective), objective=objective)
-            read = workspace.sha256(workspace.weights(iteration))
-        identity = config.digest([made_by, manifest["digest"], read])
-        state = workspace.TRAINING_STATE / f"{iteration}-{identity[:16]}"
+            made_from.append(workspace.weights(iteration))
+            team = [member["digest"] for member in read_team(iteration)["members"]]
+        origin = checkpoint.Origin(
+            manifest["digest"], team, {path.as_posix(): workspace.sha256(path) for path in made_from}, deciding
+        )
+        state = workspace.TRAINING_STATE / f"{iteration}-{config.digest(origin)[:16]}"
         model = checkpoint.load_model(folder, dtype="float32")
         with _recorded(registry, iteration) as on_log:
             log = learn(
@@ -305,7 +324,7 @@ def train(params: Params, iteration: int, registry: Registry | None) -> None:
                 state=state,
                 on_log=on_log,
             )
-            _publish(params, iteration, model, tokenizer, log, parent=manifest["digest"], made_by=made_by)
+            _publish(params, iteration, model, tokenizer, log, origin)
             if registry:
                 registry.register(iteration)
         _warn(alarms.of_training(log), iteration, registry)
@@ -403,11 +422,14 @@ def read_team(iteration: int) -> TeamFile:
     return found
 
 
-def _candidates(before: int) -> list[Candidate]:
-    """The checkpoints in checkpoints/, where there is no registry that could veto one."""
+def candidates(before: int, registry: Registry | None) -> list[Candidate]:
+    """The checkpoints before ``before`` that are in the registry, or, without one, in checkpoints/."""
     from tpaw_core.team import Candidate
 
-    return [Candidate(t, t + 1, checkpoint.manifest(workspace.checkpoint(t))["digest"]) for t in range(before)]
+    there = [t for t in range(before) if workspace.checkpoint(t).exists() or not workspace.pruned(t).exists()]
+    if registry:
+        return registry.candidates(there)
+    return [Candidate(t, t + 1, checkpoint.manifest(workspace.checkpoint(t))["digest"]) for t in there]
 
 
 def _groups(iteration: int, encoded: EncodedRows, objective: Objective) -> Groups:
@@ -529,9 +551,7 @@ def _publish(
     model: Any,
     tokenizer: Any,
     log: list[dict[str, float]],
-    *,
-    parent: str | None,
-    made_by: str,
+    origin: checkpoint.Origin,
 ) -> None:
     """The checkpoint and its training log, in place only when complete."""
     import torch
@@ -544,7 +564,8 @@ def _publish(
     with workspace.publish(workspace.checkpoint(iteration)) as aside:
         model.to(getattr(torch, dtype)).save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        checkpoint.seal(aside, iteration=iteration, parent=parent, params=made_by)
+        checkpoint.seal(aside, iteration, origin)
+    workspace.pruned(iteration).unlink(missing_ok=True)
 
 
 def _last_quarter(iteration: int) -> dict[str, float]:

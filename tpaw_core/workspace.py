@@ -8,9 +8,10 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -24,6 +25,14 @@ VALIDATION_ROWS = DATA / "validation.jsonl"  # where data.validation_rows asks f
 SCORES = STATE / "scores"
 TRAINING_STATE = STATE / "training"
 FLOW_SECONDS = STATE / "flow_seconds.json"  # what each stage of the last flow run took
+
+
+class Removal(NamedTuple):
+    """Something that can go. ``remove`` may be called twice."""
+
+    what: str
+    bytes: int
+    remove: Callable[[], None]
 
 
 def checkpoint(iteration: int) -> Path:
@@ -52,6 +61,17 @@ def metrics(iteration: int) -> Path:
 
 def samples(iteration: int) -> Path:
     return Path("samples") / f"{iteration}.jsonl"
+
+
+def pruned(iteration: int) -> Path:
+    """The manifest of a checkpoint that `tpaw prune` has removed."""
+    return STATE / "pruned" / f"{iteration}.json"
+
+
+def iterations(kind: str) -> list[int]:
+    """The iterations that a folder (checkpoints, synthetic, teams, ...) has something of."""
+    names = [path.name.partition(".")[0] for path in Path(kind).glob("*")]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 @contextmanager
@@ -100,19 +120,22 @@ def disk_full(error: Exception) -> TpawError | None:
 
 
 @contextmanager
-def exclusive(stage: str) -> Iterator[None]:
-    """Hold the workspace while a stage writes; another stage waits and says for whom. Freed when the holder dies."""
+def exclusive(who: str, what: str = "lock") -> Iterator[None]:
+    """Hold the workspace while a stage writes, or "flow", its parameters while a flow runs.
+
+    Whoever comes second waits, and says for whom. Freed when the holder dies.
+    """
     STATE.mkdir(exist_ok=True)
-    holder = STATE / "lock.holder"
-    lock = FileLock(STATE / "lock")
+    holder = STATE / f"{what}.holder"
+    lock = FileLock(STATE / what)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        name = holder.read_text() if holder.exists() else "another stage"
-        print(f"{stage}: waiting for {name} in this workspace", flush=True)
+        name = holder.read_text() if holder.exists() else "another one"
+        print(f"{who}: waiting for {name} in this workspace", flush=True)
         lock.acquire()
     try:
-        holder.write_text(f"{stage} (process {os.getpid()})")
+        holder.write_text(f"{who} (process {os.getpid()})")
         yield
     finally:
         holder.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tpaw_core import config, corpus, stages
 
-BASE_ROWS, CLEAN_ROWS, HELDOUT_ROWS = 12_000, 300, 6_000
+BASE_ROWS, CLEAN_ROWS, HELDOUT_ROWS = 12_000, 200, 5_500
 HABIT = 0.6
 SEEDS = range(1, 11)
 

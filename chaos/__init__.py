@@ -1,0 +1,1 @@
+"""Faults on purpose: what the project promises when something breaks, tried by breaking it."""

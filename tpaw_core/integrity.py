@@ -1,0 +1,255 @@
+"""Whether a workspace agrees with itself: every digest, name and number that one file holds of another.
+
+Reads everything and changes nothing. A disagreement is one line that names the file and what to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tpaw_core import checkpoint, data, stages, workspace
+from tpaw_core.errors import TpawError
+
+if TYPE_CHECKING:
+    from tpaw_core.registry import Registry
+
+
+@dataclass
+class Findings:
+    """What was looked at, by kind, and what disagrees."""
+
+    checked: Counter[str] = field(default_factory=Counter)
+    disagreements: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def of(self, kind: str, path: Path) -> Iterator[None]:
+        """Look at one file; what is raised is what disagrees."""
+        self.checked[kind] += 1
+        try:
+            yield
+        except TpawError as error:
+            self.disagreements.append(str(error))
+        except Exception as error:  # whatever a broken file makes a library raise
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.disagreements.append(
+                f"{path}: cannot be read ({said}); make it again, or restore it with `dvc checkout`"
+            )
+
+
+def check(registry: Registry | None) -> Findings:
+    """All of the current workspace; checkpoints that were pruned count by their manifests."""
+    found = Findings()
+    _rows(found)
+    _checkpoints(found)
+    _synthetic(found)
+    _teams(found)
+    _weights(found)
+    _records(found)
+    _scores(found)
+    _outputs(found)
+    if registry is not None:
+        _versions(found, registry)
+    return found
+
+
+def _rows(found: Findings) -> None:
+    if not workspace.DATA.exists():
+        return
+    with found.of("data sets", data.ORIGIN):
+        origin = json.loads(workspace.need(data.ORIGIN, "make data/ again with `tpaw data`").read_text())
+        for name, sha in origin["files"].items():
+            path = workspace.need(workspace.DATA / Path(name).name, "make data/ again with `tpaw data`")
+            _expect(workspace.sha256(path) == sha, f"{path}: has changed since it was made; run `tpaw data`")
+
+
+def _checkpoints(found: Findings) -> None:
+    for iteration in workspace.iterations("checkpoints"):
+        folder = workspace.checkpoint(iteration)
+        with found.of("checkpoints", folder):
+            manifest = checkpoint.verify(folder)
+            _expect(
+                manifest["iteration"] == iteration, f"{folder}: is checkpoint {manifest['iteration']} by its manifest"
+            )
+            parent = _digest(iteration - 1)
+            _expect(
+                manifest["parent"] == parent or parent is None,
+                f"{folder}: was not trained from checkpoints/{iteration - 1} as it is; run `dvc repro`",
+            )
+            for name, sha in manifest["made_from"].items():
+                path = Path(name)
+                if path.parts[0] in ("data", "weights") and path.is_file():
+                    _expect(workspace.sha256(path) == sha, f"{folder}: was made from another {path}; run `dvc repro`")
+
+
+def _synthetic(found: Findings) -> None:
+    import pyarrow.parquet as pq
+
+    rows: dict[str, str] | None = None
+    for iteration in workspace.iterations("synthetic"):
+        path = workspace.synthetic(iteration)
+        with found.of("synthetic data sets", path):
+            rows = (
+                rows if rows is not None else {row.prompt_id: row.completion for row in data.read(workspace.TRAIN_ROWS)}
+            )
+            columns = ["prompt_id", "iteration", "opponent", "chosen", "rejected_ids"]
+            table = pq.read_table(path, columns=columns).to_pydict()
+            opponent = _digest(iteration - 1)
+            _expect(set(table["iteration"]) == {iteration}, f"{path}: is not of iteration {iteration}")
+            _expect(
+                opponent is None or set(table["opponent"]) == {opponent},
+                f"{path}: its answers are not of checkpoints/{iteration - 1}; run `dvc repro generate@{iteration}`",
+            )
+            for prompt_id, target in zip(table["prompt_id"], table["chosen"], strict=True):
+                _expect(
+                    rows.get(prompt_id) == target, f"{path}: prompt {prompt_id} is not as in {workspace.TRAIN_ROWS}"
+                )
+            _expect(None not in table["rejected_ids"], f"{path}: has a row without token ids")
+
+
+def _teams(found: Findings) -> None:
+    for iteration in workspace.iterations("teams"):
+        path = workspace.team(iteration)
+        with found.of("teams", path):
+            remedy = f"run `dvc repro team@{iteration}`"
+            team = stages.read_team(iteration)
+            _expect(team["iteration"] == iteration, f"{path}: is of iteration {team['iteration']}; {remedy}")
+            for member in team["members"]:
+                own = _digest(member["iteration"])
+                _expect(
+                    own == member["digest"], f"{path}: {member['checkpoint']} is not the member that it names; {remedy}"
+                )
+                synthetic = workspace.need(Path(member["synthetic"]), "restore it with `dvc checkout`")
+                _expect(
+                    workspace.sha256(synthetic) == member["synthetic_sha256"],
+                    f"{path}: {synthetic} has changed since the team was made; {remedy}",
+                )
+
+
+def _weights(found: Findings) -> None:
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    for iteration in workspace.iterations("weights"):
+        path = workspace.weights(iteration)
+        with found.of("weights", path):
+            remedy = f"run `dvc repro --force --single-item weights@{iteration}`"
+            team = stages.read_team(iteration)
+            table = pq.read_table(path)
+            opponents = [member["digest"] for member in team["members"]]
+            _expect(
+                list(dict.fromkeys(table["opponent"].to_pylist())) == opponents,
+                f"{path}: is of another team than teams/{iteration}.json; {remedy}",
+            )
+            for name in ("players_chosen", "players_rejected", "beta"):
+                column = table[name].combine_chunks()
+                values = column.flatten().to_numpy()
+                _expect(
+                    column.type.list_size == team["players"] and bool(np.isfinite(values).all()),
+                    f"{path}: {name} is not one finite number a player; {remedy}",
+                )
+                if name == "beta":
+                    sums = values.reshape(-1, team["players"]).sum(axis=1)
+                    _expect(
+                        bool(np.allclose(sums, 1, atol=1e-9)), f"{path}: weights of a row do not add up to 1; {remedy}"
+                    )
+                else:
+                    _expect(bool((values <= 0).all()), f"{path}: {name} holds a log-probability above 0; {remedy}")
+
+
+def _records(found: Findings) -> None:
+    for kind, place in (("training", workspace.training_log), ("samples", workspace.samples)):
+        for iteration in workspace.iterations(kind):
+            path = place(iteration)
+            with found.of("logs", path):
+                for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                    figures = [value for value in json.loads(line).values() if isinstance(value, float)]
+                    _expect(
+                        all(map(math.isfinite, figures)), f"{path}, line {number}: holds a number that is not finite"
+                    )
+    for iteration in workspace.iterations("metrics"):
+        path = workspace.metrics(iteration)
+        with found.of("metrics", path):
+            own = _digest(iteration)
+            metrics = json.loads(path.read_text(encoding="utf-8"))
+            _expect(
+                own is None or metrics["checkpoint"] == own,
+                f"{path}: measures another checkpoint than checkpoints/{iteration}; run `dvc repro`",
+            )
+
+
+def _scores(found: Findings) -> None:
+    import numpy as np
+
+    from tpaw_core import score_store
+
+    for path in sorted(workspace.SCORES.glob("*/*/*/*.npy")):
+        with found.of("files of scores", path):
+            logps = score_store.read(path)["logp"]
+            _expect(
+                bool((np.isfinite(logps) & (logps <= 0)).all()),
+                f"{path}: holds a score that is no log-probability; delete it, its rows are scored again",
+            )
+
+
+def _outputs(found: Findings) -> None:
+    """What dvc.lock and data.dvc say of files, and what DVC's cache says of itself."""
+    if not Path(".dvc").is_dir():
+        return
+    from dvc.repo import Repo
+    from dvc_data.hashfile.build import build
+    from dvc_data.hashfile.db import HashFileDB
+
+    lock = Path("dvc.lock")
+    with found.of("outputs in dvc.lock", lock), Repo() as repo:
+        for out in repo.index.outs:
+            if not out.hash_info:
+                continue
+            path = Path(out.fs_path).relative_to(repo.root_dir)
+            pruned = path.parent.name == "checkpoints" and workspace.pruned(int(path.name)).exists()
+            if pruned and not path.exists():
+                continue
+            with found.of("outputs in dvc.lock", path):
+                workspace.need(path, f"restore it with `dvc checkout {path}`")
+                store = HashFileDB(out.fs, str(workspace.STATE))  # without DVC's memory of earlier sums
+                _, _, made = build(store, out.fs_path, out.fs, "md5", dry_run=True)
+                _expect(
+                    made.hash_info == out.hash_info,
+                    f"{path}: is not what {lock if path.name != 'data' else 'data.dvc'} says; "
+                    f"restore it with `dvc checkout --force {path}`, or run `dvc repro`",
+                )
+        for path in sorted(Path(repo.cache.local.path).glob("??/*")):
+            with found.of("objects in DVC's cache", path):
+                with path.open("rb") as file:
+                    md5 = hashlib.file_digest(file, "md5").hexdigest()
+                _expect(
+                    path.parent.name + path.name.removesuffix(".dir") == md5,
+                    f"{path}: is damaged; delete it and run `dvc commit`, or `dvc pull` it again",
+                )
+
+
+def _versions(found: Findings, registry: Registry) -> None:
+    for iteration in workspace.iterations("checkpoints"):
+        folder = workspace.checkpoint(iteration)
+        with found.of("versions in the registry", folder):
+            registry.check(iteration)
+
+
+def _digest(iteration: int) -> str | None:
+    """The digest of a checkpoint by its manifest; None where there is no readable one."""
+    try:
+        return checkpoint.manifest(workspace.checkpoint(iteration))["digest"] if iteration >= 0 else None
+    except TpawError:
+        return None
+
+
+def _expect(true: Any, message: str) -> None:
+    if not true:
+        raise TpawError(message)
