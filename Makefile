@@ -4,7 +4,7 @@ BIN := .venv/bin
 SEED ?= 42
 export PREFECT_API_URL ?= http://127.0.0.1:$(or $(TPAW_PREFECT_PORT),4200)/api
 
-.PHONY: demo test test-vllm bench lint up down vllm install
+.PHONY: demo test test-vllm bench chaos lint up down vllm install
 
 demo: up  ## SFT and four iterations on a small model, through Prefect, DVC and MLflow; then the table
 	@tail -n 0 -F .tpaw/logs/worker.log & log=$$!; trap "kill $$log" EXIT; \
@@ -20,6 +20,10 @@ test-vllm: install vllm  ## the vllm backend against the transformers backend
 
 bench: install  ## every benchmark, ours against its peer; `make demo` must have run
 	$(BIN)/python -m bench
+
+FAULTS ?= 200
+chaos: install  ## break the demo at a small scale FAULTS times, and count what went wrong; needs root
+	$(BIN)/python -m chaos --faults $(FAULTS) --seed $(SEED)
 
 lint: install  ## formatter, linter, type checker
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

@@ -10,16 +10,28 @@ import random
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import psutil
 
 from chaos import processes
 from chaos.workspace import Workspace
 
-Strike = Callable[[Workspace, random.Random], None]
+Strike = Callable[[Workspace], None]
+Hold = Callable[[Path], AbstractContextManager[None]]  # the workspace's folder, or one in it
 Damage = Callable[[Path, random.Random], None]
+
+
+class Kind(NamedTuple):
+    """A kind of fault: what runs, and one thing that is done to it or to a file that it reads."""
+
+    command: Literal["repro", "flow"]
+    strike: Strike | None = None
+    hold: Hold | None = None
+    damage: Damage | None = None
+    pattern: str = ""  # which files may be damaged
 
 
 # To a command that runs -----------------------------------------------------------------------------------------------
@@ -27,15 +39,15 @@ Damage = Callable[[Path, random.Random], None]
 
 def stage(number: int) -> Strike:
     """A signal to the process that runs the stage."""
-    return lambda made, draw: _send(number, processes.jobs(made.server)[-1:])
+    return lambda made: _send(number, processes.jobs(made.server)[-1:])
 
 
 def parent(number: int) -> Strike:
     """A signal to the dvc that started the stage."""
-    return lambda made, draw: _send(number, processes.jobs(made.server)[:1])
+    return lambda made: _send(number, processes.jobs(made.server)[:1])
 
 
-def server(made: Workspace, draw: random.Random) -> None:
+def server(made: Workspace) -> None:
     """The preloaded process itself."""
     _send(signal.SIGKILL, [made.server])
 
@@ -43,16 +55,18 @@ def server(made: Workspace, draw: random.Random) -> None:
 def flow(number: int) -> Strike:
     """A signal to the flow run's process, which the worker has started."""
 
-    def strike(made: Workspace, draw: random.Random) -> None:
+    def strike(made: Workspace) -> None:
         worker = made.service("worker")
-        _send(number, [p for p in worker.children() if "prefect.flow_engine" in " ".join(p.cmdline())] if worker else [])
+        _send(
+            number, [p for p in worker.children() if "prefect.flow_engine" in " ".join(p.cmdline())] if worker else []
+        )
 
     return strike
 
 
 def service(name: str) -> Strike:
     """`kill -9` of one of the services."""
-    return lambda made, draw: _send(signal.SIGKILL, [p] if (p := made.service(name)) else [])
+    return lambda made: _send(signal.SIGKILL, [p] if (p := made.service(name)) else [])
 
 
 def _send(number: int, targets: list[psutil.Process]) -> None:
@@ -92,7 +106,7 @@ def read_only(folder: Path) -> Iterator[None]:
 
 
 def flip(path: Path, draw: random.Random) -> None:
-    """One bit, in place: what is linked to the file changes with it."""
+    """One bit, in place."""
     with _writable(path), path.open("r+b") as file:
         place = draw.randrange(path.stat().st_size)
         file.seek(place)
@@ -118,3 +132,34 @@ def _writable(path: Path) -> Iterator[None]:
         yield
     finally:
         path.chmod(mode)
+
+
+KILL, TERM = signal.SIGKILL, signal.SIGTERM
+CHECKPOINTS, DATA_SETS, SCORES = "checkpoints/*/model.safetensors", "synthetic/*.parquet", ".tpaw/scores/*/*/*/*.npy"
+KINDS = {
+    "kill -9, the stage": Kind("repro", stage(KILL)),
+    "SIGTERM, the stage": Kind("repro", stage(TERM)),
+    "kill -9, dvc": Kind("repro", parent(KILL)),
+    "SIGTERM, dvc": Kind("repro", parent(TERM)),
+    "kill -9, the preloaded process": Kind("repro", server),
+    "full disk": Kind("repro", hold=full_disk),
+    "folder that cannot be written": Kind("repro", hold=read_only),
+    "lost connection to MLflow": Kind("repro", lambda made: made.proxy.drop()),
+    "a second command": Kind("repro", lambda made: made.again()),
+    "kill -9, the flow": Kind("flow", flow(KILL)),
+    "SIGTERM, the flow": Kind("flow", flow(TERM)),
+    "kill -9, the worker": Kind("flow", service("worker")),
+    "kill -9, Prefect's server": Kind("flow", service("prefect")),
+    "kill -9, MLflow's server": Kind("flow", service("mlflow")),
+    "flipped bit, checkpoint": Kind("repro", damage=flip, pattern=CHECKPOINTS),
+    "truncated, checkpoint": Kind("repro", damage=truncate, pattern=CHECKPOINTS),
+    "removed, a checkpoint's file": Kind("repro", damage=remove, pattern="checkpoints/*/*.json"),
+    "flipped bit, synthetic data": Kind("repro", damage=flip, pattern=DATA_SETS),
+    "truncated, synthetic data": Kind("repro", damage=truncate, pattern=DATA_SETS),
+    "flipped bit, team": Kind("repro", damage=flip, pattern="teams/*.json"),
+    "flipped bit, scores": Kind("repro", damage=flip, pattern=SCORES),
+    "truncated, scores": Kind("repro", damage=truncate, pattern=SCORES),
+    "flipped bit, rows": Kind("flow", damage=flip, pattern="data/*.jsonl"),
+    "truncated, dvc.lock": Kind("flow", damage=truncate, pattern="dvc.lock"),
+    "flipped bit, dvc.lock": Kind("flow", damage=flip, pattern="dvc.lock"),
+}

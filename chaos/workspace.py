@@ -11,17 +11,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from ruamel.yaml import YAML
 
+from chaos.proxy import Proxy
 from mlflow import MlflowClient
 from tpaw_core import preload
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+COMMANDS = {
+    "repro": [sys.executable, "-m", "tpaw_core.preload", "dvc", "repro"],
+    "flow": [str(BIN / "prefect"), "deployment", "run", "tpaw/iterate", "--watch"],
+}
 TINY = [
     "model.scratch.hidden_size=64",
     "model.scratch.num_hidden_layers=1",
@@ -39,8 +43,12 @@ TINY = [
 class Workspace:
     """A folder with the project's pipeline in it; a model so small that a stage takes a second."""
 
+    server: psutil.Popen | None = None  # the preloaded process
+    proxy: Proxy | None = None
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.messages = Path(tempfile.mkdtemp(prefix="tpaw-")) / "repro.log"  # not on a disk that gets full
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_TRACKING", "TPAW_"))},
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -77,21 +85,42 @@ class Workspace:
         given = [word for parameter in parameters for word in ("--param", parameter)]
         return self.run("prefect", "deployment", "run", "tpaw/iterate", "--watch", *given, check=check)
 
-    @contextmanager
-    def preloaded(self) -> Iterator[None]:
-        """While this holds, commands are forked from a process that has done the imports, as in a flow."""
-        with tempfile.TemporaryDirectory(prefix="tpaw-") as folder:
-            address = f"{folder}/socket"
-            command = [sys.executable, "-m", "tpaw_core", "preload", address]
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, env=self.environment)
-            while not Path(address).exists() and process.poll() is None:
-                time.sleep(0.05)
-            self.environment[preload.ADDRESS] = address
-            try:
-                yield
-            finally:
-                del self.environment[preload.ADDRESS]
-                process.communicate()
+    def preload(self) -> None:
+        """From now on commands are forked from a process that has done the imports, as in a flow."""
+        if self.server is not None and self.server.is_running() and self.server.poll() is None:
+            return
+        address = f"{tempfile.mkdtemp(prefix='tpaw-')}/socket"
+        command = [sys.executable, "-m", "tpaw_core", "preload", address]
+        self.server = psutil.Popen(command, stdin=subprocess.PIPE, env=self.environment)
+        while not Path(address).exists() and self.server.poll() is None:
+            time.sleep(0.05)
+        self.environment[preload.ADDRESS] = address
+
+    def close(self) -> None:
+        """End what was started for this workspace."""
+        if self.server is not None:
+            self.server.communicate()
+            shutil.rmtree(Path(self.environment.pop(preload.ADDRESS)).parent)
+            self.server = None
+        self.run("tpaw", "down", check=False)
+        shutil.rmtree(self.messages.parent)
+
+    def up(self) -> None:
+        """Start what is not running of Prefect, MLflow and the worker; a connection to MLflow that can be lost."""
+        alone = {name: value for name, value in self.environment.items() if name != preload.ADDRESS}
+        subprocess.run([BIN / "tpaw", "up"], cwd=self.folder, env=alone, check=True, capture_output=True)
+        if self.proxy is None:
+            self.proxy = Proxy(int(self.environment["TPAW_MLFLOW_PORT"]))
+
+    def again(self) -> None:
+        """A second `dvc repro` beside whatever runs."""
+        self.run(*COMMANDS["repro"], check=False)
+
+    def log(self, command: str) -> Path:
+        """Where a command's stages say that they run."""
+        if command == "flow":
+            return self.folder / ".tpaw" / "logs" / "worker.log"
+        return self.messages
 
     def stale(self) -> set[str]:
         """The stages that `dvc repro` would run."""
@@ -111,6 +140,22 @@ class Workspace:
     def team(self, iteration: int) -> list[int]:
         members = json.loads((self.folder / "teams" / f"{iteration}.json").read_text())["members"]
         return [member["iteration"] for member in members]
+
+    def service(self, name: str) -> psutil.Process | None:
+        """A running service's process."""
+        records = json.loads((self.folder / ".tpaw" / "services.json").read_text())
+        try:
+            return psutil.Process(records[name]["pid"])
+        except (KeyError, psutil.NoSuchProcess):
+            return None
+
+    def services(self) -> set[psutil.Process]:
+        """The services with the processes that they consist of; a flow run is not part of the worker."""
+        found = {process for name in ("prefect", "mlflow", "worker") if (process := self.service(name))}
+        return found | {child for name in ("prefect", "mlflow") for child in self._children(self.service(name))}
+
+    def _children(self, process: psutil.Process | None) -> list[psutil.Process]:
+        return process.children(recursive=True) if process else []
 
     def client(self) -> MlflowClient:
         return MlflowClient(f"sqlite:///{self.folder / '.tpaw' / 'mlflow' / 'mlflow.db'}")

@@ -20,6 +20,8 @@ from prefect.runtime import flow_run
 from tpaw_core import preload, workspace
 
 HINTS = ("To track the changes", "To enable auto staging", "Use `dvc push`", "\tgit add", "\tdvc config")
+LOCK = Path("dvc.lock")
+UNREADABLE = re.compile(r"dvc\.lock' (is invalid|validation failed)|unable to read: '[^']*dvc\.lock'")
 TEMPORARY = {75, 137, 143}  # exit statuses where trying again can help: a service did not answer, a signal came
 
 
@@ -31,13 +33,23 @@ class StageFailed(RuntimeError):
         self.temporary = temporary
 
 
+class LockDamaged(StageFailed):
+    """DVC cannot read dvc.lock."""
+
+
 def repro(stage: str, iteration: int = 0) -> bool:
     """Bring one stage up to date; True where it had to run, False where there was nothing to do.
 
     A pruned checkpoint is not made again for a stage that has nothing else to do.
     """
     pruned = any(workspace.pruned(t).exists() for t in (iteration - 1, iteration))
-    lines = run("dvc", "repro", "--single-item", *(["--allow-missing"] if pruned else []), stage)
+    command = "dvc", "repro", "--single-item", *(["--allow-missing"] if pruned else []), stage
+    try:
+        lines = run(*command)
+    except LockDamaged:
+        aside = LOCK.rename(f"{LOCK}.damaged")
+        get_run_logger().warning("%s: is damaged; set aside as %s, and every stage is looked at again", LOCK, aside)
+        lines = run(*command)
     return any(line.startswith("Running stage") for line in lines)
 
 
@@ -101,6 +113,8 @@ def run(program: str, *arguments: str) -> list[str]:
 
 def _failure(lines: list[str], code: int) -> StageFailed:
     status = next((int(m.group(1)) for line in reversed(lines) if (m := re.search(r"exited with (-?\d+)", line))), code)
+    if any(UNREADABLE.search(line) for line in lines):
+        return LockDamaged("\n".join(lines), temporary=False)
     start = next((i for i, line in enumerate(lines) if line.startswith("error: ")), None)
     own = [line for line in lines[start:] if not line.startswith("ERROR: ")] if start is not None else lines[-5:]
     return StageFailed("\n".join(own), temporary=status < 0 or status in TEMPORARY)

@@ -25,10 +25,10 @@ from mlflow import MlflowClient
 def made(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[Workspace]:
     """A workspace after `dvc repro` of SFT and two iterations."""
     workspace = Workspace.make(tmp_path_factory.mktemp("loop"))
-    with workspace.preloaded():
-        workspace.run("dvc", "repro")
+    workspace.preload()
+    workspace.run("dvc", "repro")
     yield workspace
-    workspace.run("tpaw", "down", check=False)
+    workspace.close()
 
 
 def test_a_finished_loop_has_nothing_to_do_and_every_output_is_there(made: Workspace) -> None:

@@ -110,6 +110,22 @@ def _up_to_date(made_from: str) -> dict[str, int] | None:
         return None
 
 
+def verify() -> None:
+    """Raise TpawError where a file in data/ is not as `prepare` made it."""
+    if not ORIGIN.exists():
+        return
+    try:
+        sums = dict(json.loads(ORIGIN.read_text())["files"])
+    except (ValueError, KeyError, TypeError):
+        raise TpawError(f"{ORIGIN}: is damaged; make data/ again with `tpaw data`") from None
+    for name, sha in sums.items():
+        path = workspace.need(workspace.DATA / Path(name).name, "make data/ again with `tpaw data`")
+        if workspace.sha256(path) != sha:
+            raise TpawError(
+                f"{path}: has changed since `tpaw data` made it; run `tpaw data`, and never edit it by hand"
+            )
+
+
 def _prompt_digest(row: Row) -> bytes:
     return hashlib.sha256(json.dumps(row.prompt).encode()).digest()
 
@@ -307,6 +323,8 @@ def _jsonl(path: Path) -> Iterator[Any]:
             raise TpawError(f"{path}: {what}; each line must be one JSON object") from None
         except UnicodeDecodeError as error:
             raise TpawError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+            raise TpawError(f"{path}: line {number} cannot be read ({str(error).split(';')[0]})") from None
 
 
 def _hub(data: Data, split: str) -> Source:

@@ -64,10 +64,8 @@ def _rows(found: Findings) -> None:
     if not workspace.DATA.exists():
         return
     with found.of("data sets", data.ORIGIN):
-        origin = json.loads(workspace.need(data.ORIGIN, "make data/ again with `tpaw data`").read_text())
-        for name, sha in origin["files"].items():
-            path = workspace.need(workspace.DATA / Path(name).name, "make data/ again with `tpaw data`")
-            _expect(workspace.sha256(path) == sha, f"{path}: has changed since it was made; run `tpaw data`")
+        workspace.need(data.ORIGIN, "make data/ again with `tpaw data`")
+        data.verify()
 
 
 def _checkpoints(found: Findings) -> None:
@@ -195,7 +193,7 @@ def _scores(found: Findings) -> None:
             logps = score_store.read(path)["logp"]
             _expect(
                 bool((np.isfinite(logps) & (logps <= 0)).all()),
-                f"{path}: holds a score that is no log-probability; delete it, its rows are scored again",
+                f"{path}: holds a score that is no log-probability; delete its folder, its rows are scored again",
             )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 import uuid
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -59,7 +60,7 @@ class ScoreStore:
         named = keys(pairs) if named is None else named
         self._requests.update(named.tobytes() + b"end of a request")
         folder = self._root / self._requests.hexdigest()[:32]
-        self._files += [read(path) for path in sorted(folder.glob("*.npy"))]
+        self._files += _whole(folder)
         asked, first, where = np.unique(named, return_index=True, return_inverse=True)
         values = np.full(len(asked), np.nan)
         new = np.ones(len(asked), bool)
@@ -82,6 +83,16 @@ class ScoreStore:
         return values[where], len(missing)
 
 
+def _whole(folder: Path) -> list[NDArray[np.void]]:
+    """The files of one request; where one is damaged, none, so that all are computed as they were then."""
+    try:
+        return [read(path) for path in sorted(folder.glob("*.npy"))]
+    except TpawError as error:
+        print(f"warning: {error}", flush=True)
+        shutil.rmtree(folder)
+        return []
+
+
 def _add(
     folder: Path, asked: NDArray[np.bytes_], values: NDArray[np.float64], waiting: list[NDArray[np.int64]]
 ) -> None:
@@ -98,24 +109,27 @@ def _add(
     aside = folder / f".{uuid.uuid4().hex}"
     try:
         aside.write_bytes(content.getbuffer())
-        os.replace(aside, folder / f"{_name(content.getbuffer())}.npy")
+        os.replace(aside, folder / f"{name(content.getbuffer())}.npy")
     finally:
         aside.unlink(missing_ok=True)
 
 
-def _name(content: bytes | memoryview) -> str:
+def name(content: bytes | memoryview) -> str:
+    """What a file with these bytes is called."""
     return hashlib.sha256(content).hexdigest()[:32]
 
 
 def read(path: Path) -> NDArray[np.void]:
     """One file's entries, mapped.
 
-    Raises TpawError where its bytes are not those it is named for.
+    Raises TpawError where its bytes are not those it is named for, or not entries.
     """
     try:
         if not workspace.sha256(path).startswith(path.stem):
             raise ValueError("its bytes are not those it was named for")
-        entries: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
+        entries: NDArray[np.void] = np.lib.format.open_memmap(path, mode="r")
+        if entries.dtype != ENTRY or entries.ndim != 1:
+            raise ValueError("it holds something else than scores")
         return entries
-    except ValueError as error:
-        raise TpawError(f"{path}: is damaged ({error}); delete it, its rows are scored again") from None
+    except Exception as error:  # numpy has many for a broken header
+        raise TpawError(f"{path}: is damaged ({error}); its rows are scored again by `tpaw weights`") from None

@@ -228,7 +228,7 @@ def weigh(params: Params, iteration: int, registry: Registry | None) -> None:
             team = read_team(earlier)
             pairs = list(zip(encoded.prompts, encoded.chosen, strict=True))
             for opponent in team["members"]:
-                answers = _responses(opponent["synthetic"], encoded.row_ids, opponent["synthetic_sha256"])
+                answers = read_responses(opponent["synthetic"], encoded.row_ids, opponent["synthetic_sha256"])
                 pairs += zip(encoded.prompts, answers, strict=True)
             keys = score_store.keys(pairs)
             columns = []
@@ -342,6 +342,7 @@ def evaluate(params: Params, iteration: int, registry: Registry | None) -> None:
     with workspace.exclusive(f"evaluate {iteration}"):
         folder = workspace.checkpoint(iteration)
         manifest = checkpoint.verify(folder)
+        data.verify()
         results = evaluation.evaluate(
             checkpoint.load_model(folder),
             checkpoint.load_tokenizer(folder),
@@ -450,11 +451,11 @@ def _groups(iteration: int, encoded: EncodedRows, objective: Objective) -> Group
     return Groups(
         encoded.prompts,
         encoded.chosen,
-        [_responses(member["synthetic"], encoded.row_ids, member["synthetic_sha256"]) for member in members],
+        [read_responses(member["synthetic"], encoded.row_ids, member["synthetic_sha256"]) for member in members],
         players_chosen[0],
         players_rejected,
         beta,
-        first=_responses(workspace.synthetic(1), encoded.row_ids) if objective.name == "tspin" else None,
+        first=read_responses(workspace.synthetic(1), encoded.row_ids) if objective.name == "tspin" else None,
         drop_equal=objective.drop_equal,
     )
 
@@ -471,6 +472,7 @@ def _encoded(params: Params, tokenizer: Any, rows: Iterable[data.Row] | None = N
     """``rows``, by default those that play, as ids."""
     from tpaw_core import template
 
+    data.verify()
     return template.encode(
         _playing(params) if rows is None else rows,
         tokenizer,
@@ -526,7 +528,7 @@ def _write_synthetic(
             file.write_batch(pa.record_batch(arrays, schema=schema))
 
 
-def _responses(path: str | Path, row_ids: list[str], sha256: str | None = None) -> Ragged:
+def read_responses(path: str | Path, row_ids: list[str], sha256: str | None = None) -> Ragged:
     """The ids that an opponent generated, in the order of the training rows; ``sha256``: the file's, as it must be."""
     import pyarrow.parquet as pq
 

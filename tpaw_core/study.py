@@ -49,6 +49,7 @@ def run(plan: Plan, folder: Path) -> Results:
     tuned, others = plan.seeds[: plan.tuning_seeds], plan.seeds[plan.tuning_seeds :]
     _run_cells(folder, plan.cells(plan.learning_rates, tuned), "tuning seeds")
     found = results.collect(plan, folder)
+    results.write(folder, found)  # enough to go on with elsewhere
     best = results.best_rates(plan, found.grid)
     _run_cells(folder, [plan.cell(m, best[m], seed) for m in plan.methods for seed in others], "other seeds")
     found = results.collect(plan, folder)

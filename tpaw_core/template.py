@@ -6,6 +6,7 @@ ends in EOS; a generated response is kept as the ids that were generated and is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any, NamedTuple
@@ -42,6 +43,13 @@ def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
+def _special(tokenizer: Any) -> re.Pattern[str]:
+    """Matches the tokens that structure a conversation."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    tokens = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+
+
 def encode_prompts(prompts: list[list[Message]], tokenizer: Any) -> list[list[int]]:
     return _ids([render(messages, tokenizer) for messages in prompts], tokenizer)
 
@@ -54,15 +62,21 @@ def encode_completions(texts: list[str], tokenizer: Any) -> list[list[int]]:
 def encode(rows: Iterable[Row], tokenizer: Any, *, max_length: int, max_skipped: float, name: str) -> EncodedRows:
     """Rows as ids. A target that does not fit is cut at ``max_length`` tokens (without EOS, as it is not finished).
 
-    Raises TpawError where more than the share ``max_skipped`` of the prompts leave no room for a response.
+    A row is left out, and said so, where its prompt leaves no room for a response, or where its text holds a special
+    token: it would end a turn, or begin one, that the row does not have.
+    Raises TpawError where these are more than the share ``max_skipped``.
     """
     encoded, reasons, total = EncodedRows([], Ragged(), Ragged()), [], 0
+    special = _special(tokenizer)
     left = iter(rows)
     while some := list(islice(left, ROWS_AT_A_TIME)):
         prompts = encode_prompts([row.prompt for row in some], tokenizer)
         targets = encode_completions([row.completion for row in some], tokenizer)
         for row, prompt, chosen in zip(some, prompts, targets, strict=True):
             total += 1
+            if found := special.search("\n".join([*(message["content"] for message in row.prompt), row.completion])):
+                reasons.append(f"row {total}: its text holds the special token {found[0]!r}")
+                continue
             if len(prompt) >= max_length:
                 reasons.append(f"row {total}: its prompt has {len(prompt)} tokens, model.max_length is {max_length}")
                 continue

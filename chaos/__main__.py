@@ -1,0 +1,86 @@
+"""`make chaos FAULTS=200 SEED=7`: break the demo at a small scale, again and again, and count what went wrong.
+
+Needs root, for file systems of its own. Prints a line a fault, a table by kind, and last
+`faults N kinds K lost L wrong W duplicates D orphans O`; ends with 1 where one of the last four is not 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+
+from chaos.campaign import Campaign, Outcome
+from chaos.faults import KINDS
+from chaos.workspace import Workspace
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--jobs", type=int, default=2, help="workspaces side by side")
+    parser.add_argument("--kind", action="append", choices=list(KINDS), help="only this kind; repeat it")
+    parser.add_argument("--csv", type=Path, help="write every outcome there")
+    arguments = parser.parse_args()
+    draw = random.Random(arguments.seed)
+    kinds: list[str] = []
+    while len(kinds) < arguments.faults:
+        kinds += draw.sample(names := arguments.kind or list(KINDS), len(names))
+    kinds = kinds[: arguments.faults]
+    print(f"seed {arguments.seed}: {len(kinds)} faults of {len(set(kinds))} kinds", flush=True)
+    jobs = range(min(arguments.jobs, len(kinds)))
+    with tempfile.TemporaryDirectory(prefix="tpaw-chaos-") as folder, ThreadPoolExecutor(len(jobs)) as pool:
+        shares = [
+            pool.submit(run, Path(folder) / str(job), kinds[job :: len(jobs)], arguments.seed + 1000 * job)
+            for job in jobs
+        ]
+        table = pd.DataFrame([outcome for share in shares for outcome in share.result()], columns=Outcome._fields)
+    if arguments.csv:
+        table.to_csv(arguments.csv, index=False)
+    for name in ("lost", "wrong"):
+        table[name] = (table[name] != "").astype(int)
+    columns = ["lost", "wrong", "duplicates", "orphans"]
+    by_kind = table.groupby("kind").agg(faults=("kind", "size"), **{name: (name, "sum") for name in columns})
+    print(by_kind.to_string())
+    sums = by_kind[columns].sum()
+    print(f"faults {len(table)} kinds {len(by_kind)} " + " ".join(f"{name} {sums[name]}" for name in columns))
+    return int(sums.any())
+
+
+def run(folder: Path, kinds: list[str], seed: int) -> list[Outcome]:
+    """One workspace on a file system of its own, and its share of the faults."""
+    with _disk(folder):
+        made = Workspace.make(folder / "workspace")
+        try:
+            made.preload()
+            made.run("dvc", "repro")
+            campaign, outcomes = Campaign(made, seed), []
+            for kind in kinds:
+                outcomes.append(campaign.suffer(kind))
+                print(*outcomes[-1], sep=" | ", flush=True)
+            return outcomes
+        finally:
+            made.close()
+
+
+@contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

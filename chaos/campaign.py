@@ -1,0 +1,173 @@
+"""A campaign: fault after fault in one workspace, each followed by the same command again, and what became of it.
+
+Before a fault the pipeline is set back to a stage drawn at random: outputs, versions and DVC's memory of what comes
+after are deleted, so that the command has real work to do. Afterwards all must be as the undisturbed run left it.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+from ruamel.yaml import YAML
+
+from chaos import faults, processes
+from chaos.workspace import COMMANDS, Workspace
+from tpaw_core.registry import MODEL
+
+PATIENCE = 300  # seconds that a command may take before it counts as hung
+ORDER = (
+    "sft",
+    "evaluate-sft",
+    *(f"{name}@{t}" for t in (1, 2) for name in ("generate", "team", "weights", "train", "evaluate")),
+)
+
+
+class Outcome(NamedTuple):
+    """What became of one fault."""
+
+    kind: str
+    stage: str
+    lost: str  # why the same command, run again, did not complete
+    wrong: str  # what differs from the undisturbed run, or was damaged and not named
+    duplicates: int
+    orphans: int
+    seconds: float
+
+
+class Campaign:
+    """Faults in a workspace where one undisturbed run has been made."""
+
+    def __init__(self, made: Workspace, seed: int) -> None:
+        self.made, self.draw = made, random.Random(seed)
+        self.outputs = {name: outs for name, outs in made.lock().items() if name != "report"}
+        self.seconds = dict.fromkeys(ORDER, 2.0)  # a fault strikes within so long after its stage has begun
+
+    def suffer(self, kind: str) -> Outcome:
+        """One fault of a kind, the same command again, and a look at what became of it."""
+        started, fault = time.monotonic(), faults.KINDS[kind]
+        stage = self.draw.choice(ORDER[1:] if fault.damage else ORDER)
+        self.made.up()
+        self.set_back(stage)
+        wrong = ""
+        if fault.damage:
+            wrong = self._damage(fault)
+        else:
+            self._strike(fault, stage)
+            self.made.up()
+        if (code := self._run(fault)) != 0 and fault.damage:
+            code = self._run(fault)  # the first run may say what is damaged, and mend it
+        return Outcome(
+            kind,
+            stage,
+            "" if code == 0 else f"the command ended with {code}",
+            wrong or "; ".join(self._differences()),
+            self._duplicates(),
+            len(processes.orphans(self.made.folder, self.made.services())),
+            round(time.monotonic() - started, 1),
+        )
+
+    def set_back(self, stage: str) -> None:
+        """As if ``stage`` and all after it had never run; at random also without scores."""
+        folder = self.made.folder
+        later = ORDER[ORDER.index(stage) :]
+        yaml = YAML()
+        lock = yaml.load(folder / "dvc.lock")
+        for name in later:
+            for out in self.outputs[name]:
+                path = folder / out
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            lock["stages"].pop(name, None)
+        yaml.dump(lock, folder / "dvc.lock")
+        client = self.made.client()
+        gone = {name.removeprefix("train@").replace("sft", "0") for name in later if name == "sft" or "train" in name}
+        for version in client.search_model_versions(f"name='{MODEL}'"):
+            if version.tags["iteration"] in gone:
+                client.delete_model_version(MODEL, version.version)
+        for path in (".dvc/cache/runs", ".tpaw/training", *([".tpaw/scores"] if self.draw.random() < 0.5 else [])):
+            shutil.rmtree(folder / path, ignore_errors=True)
+        (folder / ".tpaw" / "registered.json").unlink(missing_ok=True)
+
+    def _damage(self, fault: faults.Kind) -> str:
+        """Damage one file; gives what was not noticed."""
+        assert fault.damage
+        found = sorted(self.made.folder.glob(fault.pattern))
+        if not found:
+            return ""
+        path = self.draw.choice(found)
+        fault.damage(path, self.draw)
+        name = path.relative_to(self.made.folder).as_posix()
+        if name == "dvc.lock":
+            return ""  # it names itself by what runs again
+        folder = name.rpartition("/")[0] if name.startswith("checkpoints") else name
+        said = self.made.run("tpaw", "verify", check=False).stdout
+        return "" if folder in said else f"{name} was damaged, and nobody noticed"
+
+    def _strike(self, fault: faults.Kind, stage: str) -> None:
+        """Run the command, and break it within the stage."""
+        log = self.made.log(fault.command)
+        start = log.stat().st_size if log.exists() else 0
+        with ExitStack() as held, self._running(fault) as process:
+            while process.poll() is None and not _says(log, start, f"Running stage '{stage}'"):
+                time.sleep(0.02)
+            time.sleep(self.draw.uniform(0, self.seconds[stage]))
+            if fault.strike:
+                fault.strike(self.made)
+            if fault.hold:
+                folder = self.made.folder
+                inside = folder / next(iter(self.outputs[stage])).partition("/")[0]
+                inside.mkdir(exist_ok=True)
+                held.enter_context(fault.hold(inside if fault.hold is faults.read_only else folder))
+
+    def _run(self, fault: faults.Kind) -> int:
+        with self._running(fault) as process:
+            pass
+        return int(process.returncode)
+
+    @contextmanager
+    def _running(self, fault: faults.Kind) -> Iterator[psutil.Popen]:
+        """The fault's command, its lines in a log; waited for, and killed where it hangs."""
+        self.made.preload()
+        with self.made.log("repro").open("ab") as log:
+            process = psutil.Popen(
+                COMMANDS[fault.command],
+                cwd=self.made.folder,
+                env={**self.made.environment, "MLFLOW_TRACKING_URI": self.made.proxy.url},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                yield process
+                process.wait(PATIENCE)
+            except psutil.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _differences(self) -> Iterator[str]:
+        """What is not as the undisturbed run left it."""
+        found = self.made.lock()
+        for name, outs in self.outputs.items():
+            for path, md5 in outs.items():
+                # A team names its members' versions too, and these are new ones: `tpaw verify` looks at it.
+                if found.get(name, {}).get(path) != md5 and not path.startswith("teams/"):
+                    yield f"{path} has other bytes"
+        said = self.made.run("tpaw", "verify", check=False)
+        if said.returncode != 0:
+            yield said.stdout.splitlines()[0]
+
+    def _duplicates(self) -> int:
+        versions = self.made.client().search_model_versions(f"name='{MODEL}'")
+        return sum(count - 1 for count in Counter(version.tags["digest"] for version in versions).values())
+
+
+def _says(log: Path, start: int, text: str) -> bool:
+    return log.exists() and text in log.read_bytes()[start:].decode(errors="replace")
