@@ -55,14 +55,16 @@ class Campaign:
         """One fault of a kind, the same command again, and a look at what became of it."""
         started, fault = time.monotonic(), faults.KINDS[kind]
         stage = self.draw.choice(ORDER[1:] if fault.damage else ORDER)
-        self.made.up()
+        if fault.services:
+            self.made.up()
         self.set_back(stage)
         wrong = ""
         if fault.damage:
             wrong = self._damage(fault)
         else:
             self._strike(fault, stage)
-            self.made.up()
+            if fault.services:
+                self.made.up()
         if (code := self._run(fault)) != 0 and fault.damage:
             code = self._run(fault)  # the first run may say what is damaged, and mend it
         return Outcome(
@@ -136,11 +138,14 @@ class Campaign:
     def _running(self, fault: faults.Kind) -> Iterator[psutil.Popen]:
         """The fault's command, its lines in a log; waited for, and killed where it hangs."""
         self.made.preload()
+        environment = dict(self.made.environment)
+        if fault.strike is faults.lost_connection and self.made.proxy:
+            environment["MLFLOW_TRACKING_URI"] = self.made.proxy.url
         with self.made.log("repro").open("ab") as log:
             process = psutil.Popen(
                 COMMANDS[fault.command],
                 cwd=self.made.folder,
-                env={**self.made.environment, "MLFLOW_TRACKING_URI": self.made.proxy.url},
+                env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -33,6 +33,11 @@ class Kind(NamedTuple):
     damage: Damage | None = None
     pattern: str = ""  # which files may be damaged
 
+    @property
+    def services(self) -> bool:
+        """Whether Prefect, MLflow and the worker take part."""
+        return self.command == "flow" or self.strike is lost_connection
+
 
 # To a command that runs -----------------------------------------------------------------------------------------------
 
@@ -67,6 +72,17 @@ def flow(number: int) -> Strike:
 def service(name: str) -> Strike:
     """`kill -9` of one of the services."""
     return lambda made: _send(signal.SIGKILL, [p] if (p := made.service(name)) else [])
+
+
+def lost_connection(made: Workspace) -> None:
+    """All connections to MLflow are cut, and for a second none is accepted."""
+    assert made.proxy
+    made.proxy.drop()
+
+
+def second(command: str) -> Strike:
+    """The same command once more, beside the one that runs."""
+    return lambda made: made.again(command)
 
 
 def _send(number: int, targets: list[psutil.Process]) -> None:
@@ -144,8 +160,9 @@ KINDS = {
     "kill -9, the preloaded process": Kind("repro", server),
     "full disk": Kind("repro", hold=full_disk),
     "folder that cannot be written": Kind("repro", hold=read_only),
-    "lost connection to MLflow": Kind("repro", lambda made: made.proxy.drop()),
-    "a second command": Kind("repro", lambda made: made.again()),
+    "lost connection to MLflow": Kind("repro", lost_connection),
+    "a second dvc repro": Kind("repro", second("repro")),
+    "a second flow": Kind("flow", second("flow")),
     "kill -9, the flow": Kind("flow", flow(KILL)),
     "SIGTERM, the flow": Kind("flow", flow(TERM)),
     "kill -9, the worker": Kind("flow", service("worker")),

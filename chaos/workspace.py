@@ -112,9 +112,9 @@ class Workspace:
         if self.proxy is None:
             self.proxy = Proxy(int(self.environment["TPAW_MLFLOW_PORT"]))
 
-    def again(self) -> None:
-        """A second `dvc repro` beside whatever runs."""
-        self.run(*COMMANDS["repro"], check=False)
+    def again(self, command: str) -> None:
+        """One of COMMANDS beside whatever runs; it may wait, or say who is at work."""
+        self.run(*COMMANDS[command], check=False)
 
     def log(self, command: str) -> Path:
         """Where a command's stages say that they run."""
@@ -143,10 +143,10 @@ class Workspace:
 
     def service(self, name: str) -> psutil.Process | None:
         """A running service's process."""
-        records = json.loads((self.folder / ".tpaw" / "services.json").read_text())
+        records = self.folder / ".tpaw" / "services.json"
         try:
-            return psutil.Process(records[name]["pid"])
-        except (KeyError, psutil.NoSuchProcess):
+            return psutil.Process(json.loads(records.read_text())[name]["pid"])
+        except (FileNotFoundError, KeyError, psutil.NoSuchProcess):
             return None
 
     def services(self) -> set[psutil.Process]:

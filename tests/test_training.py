@@ -230,9 +230,9 @@ def test_a_number_that_is_not_finite_stops_training_and_leaves_the_last_good_sta
     def poison(item: Any) -> Any:
         return [poison(part) for part in item] if isinstance(item, list) else float("nan")
 
-    rows = [g._replace(**{field: poison(getattr(g, field))}) if i == row else g for i, g in enumerate(groups)]
+    rows = [g._replace(row=i, **({field: poison(getattr(g, field))} if i == row else {})) for i, g in enumerate(groups)]
     seen: list[int] = []
-    with pytest.raises(TpawError, match=r"loss.* not finite by step \d+; lower the learning rate") as caught:
+    with pytest.raises(TpawError, match=rf"loss.* not finite by step \d+, first in row {row + 1}; lower the") as caught:
         run(lambda step, metrics: seen.append(step), tmp_path / "state", rows, save_steps=1)
     bad = int(re.search(r"step (\d+)", str(caught.value))[1])
     assert seen == list(range(1, bad))

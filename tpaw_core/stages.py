@@ -106,6 +106,7 @@ def sft(params: Params, registry: Registry | None) -> None:
                     seed=params.seed,
                     state=state,
                     on_log=on_log,
+                    row_ids=encoded.row_ids,
                 )
                 _publish(params, 0, model, tokenizer, log, origin)
                 if registry:
@@ -245,6 +246,11 @@ def weigh(params: Params, iteration: int, registry: Registry | None) -> None:
                 scored += new
         table = np.array(columns).T  # [targets + responses, players]
         rows, players = len(encoded.row_ids), len(judges)
+        if len(broken := np.flatnonzero(~np.isfinite(table).all(axis=1))):
+            raise Diverged(
+                f"weights of iteration {iteration}: a log-probability of prompt {encoded.row_ids[broken[0] % rows]} is "
+                "not finite; the checkpoint that gave it is not usable, exclude it with team.exclude"
+            )
         chosen = np.tile(table[:rows], (len(members), 1))
         rejected = table[rows:]
         objective = params.objective_at(iteration)
@@ -253,14 +259,9 @@ def weigh(params: Params, iteration: int, registry: Registry | None) -> None:
             lengths = np.array([len(response) for _, response in pairs])
             by_chosen, by_rejected = lengths[:rows].mean() / np.split(lengths[:, None], [rows])
             by_chosen = np.tile(by_chosen, (len(members), 1))
-        try:
-            beta = weights.player_weights(
-                chosen * by_chosen, rejected * by_rejected, gamma=objective.gamma, scale=objective.lambda_
-            )
-        except ValueError as error:
-            raise Diverged(
-                f"weights of iteration {iteration}: {error}; the checkpoint that gave it is not usable"
-            ) from None
+        beta = weights.player_weights(
+            chosen * by_chosen, rejected * by_rejected, gamma=objective.gamma, scale=objective.lambda_
+        )
         out = pa.table(
             {
                 "prompt_id": encoded.row_ids * len(members),
@@ -323,6 +324,7 @@ def train(params: Params, iteration: int, registry: Registry | None) -> None:
                 seed=params.seed + iteration,
                 state=state,
                 on_log=on_log,
+                row_ids=encoded.row_ids,
             )
             _publish(params, iteration, model, tokenizer, log, origin)
             if registry:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tpaw_core.config import Objective, Optimisation
 
 OnLog = Callable[[int, dict[str, float]], None]
+NO_ROW = torch.iinfo(torch.int64).max
 
 
 class Group(NamedTuple):
@@ -45,6 +46,7 @@ class Group(NamedTuple):
     players_rejected: list[list[float]]  # [n, K]  log pi_j(g|x)
     beta: list[list[float]]  # [n, K]
     first_ids: Ids | None = None  # checkpoint 0's answer, where the objective asks for it
+    row: int = 0  # its place among the rows
 
 
 class Groups(Sequence[Group]):
@@ -83,6 +85,7 @@ class Groups(Sequence[Group]):
             self.players_rejected[kept, row].tolist(),
             self.beta[kept, row].tolist(),
             None if self.first is None else self.first[row],
+            int(row),
         )
 
 
@@ -98,6 +101,7 @@ class Triplets(NamedTuple):
     players_chosen: Tensor  # [T, K]
     players_rejected: Tensor  # [T, K]
     beta: Tensor  # [T, K]
+    rows: Tensor  # [T] the group's place
     groups: int  # in the whole batch that this is a part of
 
 
@@ -105,6 +109,7 @@ class Targets(NamedTuple):
     """One forward and backward pass of SFT."""
 
     pack: Pack
+    rows: Tensor  # [targets] their places
     tokens: int  # in the targets of the whole batch that this is a part of
 
 
@@ -134,6 +139,7 @@ def triplets(groups: Sequence[Group], pack: Packer, of: int) -> Triplets:
         torch.tensor([group.players_chosen for group in groups for _ in group.rejected_ids]).view(-1, players),
         torch.tensor([row for group in groups for row in group.players_rejected]).view(-1, players),
         torch.tensor([row for group in groups for row in group.beta]).view(-1, players),
+        torch.tensor([group.row for group in groups for _ in group.rejected_ids], dtype=torch.int64),
         of,
     )
 
@@ -148,6 +154,7 @@ class _Trainer(Trainer):
         super().__init__(**options)
         self.model_accepts_loss_kwargs = False  # each batch is a mean: Trainer divides by how many are accumulated
         self._means: dict[str, list[tuple[Tensor, int]]] = {}
+        self._broken = torch.tensor(NO_ROW)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs  # accelerate has brought them to the device
@@ -160,7 +167,16 @@ class _Trainer(Trainer):
         for name, value in means.items():
             self._means.setdefault(name, []).append((value.detach(), rows))
 
+    def watch(self, losses: Tensor, rows: Tensor) -> None:
+        """Remember the first row whose loss was not finite, without waiting for the device."""
+        if len(losses):
+            worst = torch.where(losses.detach().isfinite(), NO_ROW, rows).min()
+            broken = self._broken.to(worst.device)
+            self._broken = torch.where(broken == NO_ROW, worst, broken)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if (row := int(self._broken)) != NO_ROW:
+            logs["row"] = row
         for name, parts in self._means.items():
             values, rows = zip(*parts, strict=True)
             share = torch.tensor(rows, dtype=torch.float64) / sum(rows)
@@ -176,6 +192,7 @@ class SftTrainer(_Trainer):
     def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
         inputs = cast(Targets, inputs)
         logps = model(inputs.pack)
+        self.watch(logps, inputs.rows)
         self.count(len(logps), {"logps/chosen": logps.mean()})
         return -logps.sum() / inputs.tokens
 
@@ -198,6 +215,7 @@ class SelfPlayTrainer(_Trainer):
         same = (chosen.detach()[:, None] - inputs.players_chosen).abs() <= 1e-5 * inputs.players_chosen.abs()
         inputs = inputs._replace(players_chosen=torch.where(same, chosen.detach()[:, None], inputs.players_chosen))
         losses = self.losses(chosen, rejected, logps[inputs.first], inputs)
+        self.watch(losses.loss, inputs.rows)
         if len(chosen):
             self.count(len(chosen), reward_means(losses, inputs.beta, chosen, rejected))
         # A constant divisor keeps one batch of eight equal to eight of one, however triplets fall into them.
@@ -254,22 +272,26 @@ def sft(
     seed: int,
     state: Path,
     on_log: OnLog,
+    row_ids: Sequence[str] = (),
 ) -> list[dict[str, float]]:
     """Fine-tune ``model`` in place on (prompt ids, target ids); gives the training log, one entry a logging step."""
 
-    def collate(pairs: list[Pair], pack: Packer) -> list[Targets]:
-        tokens = sum(len(ids) for _, ids in pairs)
-        parts = by_tokens(pairs, lambda pair: (pair[0], [pair[1]]), settings.max_tokens)
-        return [Targets(pack([(prompt, [ids]) for prompt, ids in part]), tokens) for part in parts]
+    def collate(places: list[int], pack: Packer) -> list[Targets]:
+        tokens = sum(len(rows[place][1]) for place in places)
+        parts = by_tokens(places, lambda place: (rows[place][0], [rows[place][1]]), settings.max_tokens)
+        return [
+            Targets(pack([(rows[place][0], [rows[place][1]]) for place in part]), torch.tensor(part), tokens)
+            for part in parts
+        ]
 
     with _policy(model, ((prompt, [ids]) for prompt, ids in rows), pad_id) as pack:
         return _run(
             SftTrainer(
                 model=model,
                 args=_arguments(settings, seed, state, len(rows)),
-                train_dataset=rows,
-                data_collator=lambda pairs: collate(pairs, pack),
-                callbacks=[_Report("sft", on_log)],
+                train_dataset=range(len(rows)),
+                data_collator=lambda places: collate(places, pack),
+                callbacks=[_Report("sft", on_log, row_ids)],
             ),
             state,
         )
@@ -285,10 +307,12 @@ def self_play(
     seed: int,
     state: Path,
     on_log: OnLog,
+    row_ids: Sequence[str] = (),
 ) -> list[dict[str, float]]:
     """Train ``model`` in place on the team's triplets; gives the training log, one entry a logging step.
 
-    ``state`` holds resumable states; a call that finds one goes on from it and ends where an uninterrupted call would.
+    ``row_ids`` name the groups. ``state`` holds resumable states; a call that finds one goes on from it and ends where
+    an uninterrupted call would.
 
     Raises Diverged where the loss, a gradient or a log-probability is not finite.
     """
@@ -307,7 +331,7 @@ def self_play(
                 args=_arguments(settings, seed, state, len(groups)),
                 train_dataset=groups,
                 data_collator=lambda batch: collate(batch, pack),
-                callbacks=[_Report("training", on_log)],
+                callbacks=[_Report("training", on_log, row_ids)],
             ),
             state,
         )
@@ -391,8 +415,8 @@ def _last_state(state: Path) -> Path | None:
 class _Report(TrainerCallback):
     """Progress on stderr, metrics to ``on_log``, and a stop where a number is not finite."""
 
-    def __init__(self, what: str, send: OnLog) -> None:
-        self.what, self.send = what, send
+    def __init__(self, what: str, send: OnLog, row_ids: Sequence[str]) -> None:
+        self.what, self.send, self.row_ids = what, send, row_ids
         self.progress: Progress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -412,13 +436,18 @@ class _Report(TrainerCallback):
         assert self.progress is not None
         self.progress.close()
 
+    def _name(self, row: int) -> str:
+        return f"the row with prompt_id {self.row_ids[row]}" if self.row_ids else f"row {row + 1}"
+
     def _send(self, entry: dict[str, float]) -> None:
         if "loss" not in entry:
             return
         bad = [name for name, value in entry.items() if not math.isfinite(value)]
         if bad:
+            row = int(entry["row"]) if "row" in entry else None
+            first = f", first in {self._name(row)}" if row is not None else ""
             raise Diverged(
-                f"{self.what}: {', '.join(bad)} not finite by step {entry['step']}; lower the learning rate "
+                f"{self.what}: {', '.join(bad)} not finite by step {entry['step']}{first}; lower the learning rate "
                 "or look at the rows. The last good state is kept, no checkpoint was made"
             )
         self.send(int(entry["step"]), {name: value for name, value in entry.items() if name != "step"})

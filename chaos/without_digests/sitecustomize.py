@@ -1,0 +1,18 @@
+"""Loaded by every Python that `python -m chaos --without-digests` starts: no file is compared with its digest."""
+
+from pathlib import Path
+
+from tpaw_core import checkpoint, score_store, workspace
+
+
+class _Blind:
+    """`workspace` as the score store sees it: each file has the sum that it is named for."""
+
+    @staticmethod
+    def sha256(path: Path) -> str:
+        return path.stem
+
+
+score_store.workspace = _Blind  # type: ignore[assignment]
+checkpoint.verify = checkpoint.manifest
+workspace.sha256 = lambda path: "0" * 64
