@@ -151,6 +151,8 @@ TOO_MANY = "cannot be used; first: row 1: "
         ({"train": jsonl(PAIRS[:2]).encode() + b"{oops\n"}, r"train\.jsonl: line 3 is not JSON"),
         ({"train": b"\n" + jsonl(PAIRS[:1]).encode() + b"not JSON\n"}, r"train\.jsonl: line 3 is not JSON"),
         ({"train": jsonl(PAIRS[:1]).encode() + b'{"prompt": "\xff"}\n'}, r"train\.jsonl: is not UTF-8 text"),
+        ({"train": b"[" * 100_000}, r"train\.jsonl: line 1 cannot be read"),
+        ({"train": b'{"prompt": ' + b"9" * 10_000 + b"}"}, r"train\.jsonl: line 1 cannot be read"),
         ({"train": [{"prompt": "What?"}]}, TOO_MANY + "has no 'completion'; fields are prompt"),
         ({"train": [{"completion": "That."}]}, TOO_MANY + "has no 'prompt'"),
         ({"train": [{}]}, TOO_MANY + "has no 'prompt'; fields are none"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tpaw_core import score_store, scoring, team
@@ -129,7 +131,9 @@ def test_scores_come_back_exactly_as_they_were_computed(tmp_path: Path) -> None:
     assert scores(tmp_path, [([1], [2])], always(0.0))[0] == [value]
 
 
-def test_a_file_cut_at_any_byte_is_named(tmp_path: Path) -> None:
+def test_a_file_with_any_byte_cut_or_changed_is_named_and_computed_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pairs: list[Pair] = [([1], [2]), ([3], [4])]
     scores(tmp_path, pairs, Scorer())
     (file,) = tmp_path.rglob("*.npy")
@@ -137,10 +141,21 @@ def test_a_file_cut_at_any_byte_is_named(tmp_path: Path) -> None:
     flipped = [whole[:n] + bytes([whole[n] ^ 1]) + whole[n + 1 :] for n in range(len(whole))]
     for damage in [*(whole[:n] for n in range(len(whole))), *flipped, whole + b"\0"]:
         file.write_bytes(damage)
-        with pytest.raises(TpawError, match=f"{file}: is damaged .*delete it"):
-            scores(tmp_path, pairs, never)
-    file.unlink()
-    assert scores(tmp_path, pairs, Scorer()) == ([-1.2, -3.4], 2)
+        with pytest.raises(TpawError, match=f"{file}: is damaged .*scored again"):
+            score_store.read(file)
+        assert scores(tmp_path, pairs, Scorer()) == ([-1.2, -3.4], 2)
+        assert f"warning: {file}: is damaged" in capsys.readouterr().out
+        assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("dtype", ["<f8", "S16", [("key", "S16"), ("logp", "<f4")]])
+def test_a_file_of_something_else_that_is_named_for_its_bytes_is_refused(tmp_path: Path, dtype: Any) -> None:
+    content = io.BytesIO()
+    np.save(content, np.zeros(3, dtype))
+    file = tmp_path / f"{score_store.name(content.getvalue())}.npy"
+    file.write_bytes(content.getvalue())
+    with pytest.raises(TpawError, match="it holds something else than scores"):
+        score_store.read(file)
 
 
 def test_a_file_taken_away_costs_its_own_rows_and_no_others(tmp_path: Path) -> None:

@@ -306,8 +306,8 @@ def _parquet(path: Path) -> Iterator[Any]:
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000):
             yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise TpawError(f"{path}: not a readable Parquet file: {error}") from None
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        raise TpawError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
 
 
 def _jsonl(path: Path) -> Iterator[Any]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 ROWS_AT_A_TIME = 1000
+RESTORE = "make it again, or restore it with `dvc checkout`"
 
 
 class Member(TypedDict):
@@ -444,7 +445,8 @@ def _groups(iteration: int, encoded: EncodedRows, objective: Objective) -> Group
     team = read_team(iteration)
     members = team["members"]
     path = workspace.need(workspace.weights(iteration), f"make it with `tpaw weights --iteration {iteration}`")
-    table = pq.read_table(path)
+    with _readable(path):
+        table = pq.read_table(path, columns=["prompt_id", "players_chosen", "players_rejected", "beta"])
     columns = [table[name].combine_chunks() for name in ("players_chosen", "players_rejected", "beta")]
     if table["prompt_id"].to_pylist() != encoded.row_ids * len(members) or columns[0].type.list_size != team["players"]:
         raise TpawError(f"{path}: does not belong to data/train.jsonl and teams/{iteration}.json; make it again")
@@ -460,6 +462,17 @@ def _groups(iteration: int, encoded: EncodedRows, objective: Objective) -> Group
         first=read_responses(workspace.synthetic(1), encoded.row_ids) if objective.name == "tspin" else None,
         drop_equal=objective.drop_equal,
     )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Name the file where its bytes are not what they should be."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise TpawError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {RESTORE}") from None
 
 
 def _parent(iteration: int) -> Path:
@@ -532,14 +545,18 @@ def _write_synthetic(
 
 def read_responses(path: str | Path, row_ids: list[str], sha256: str | None = None) -> Ragged:
     """The ids that an opponent generated, in the order of the training rows; ``sha256``: the file's, as it must be."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = workspace.need(Path(path), "make it again, or restore it with `dvc checkout`")
+    path = workspace.need(Path(path), RESTORE)
     if sha256 is not None and workspace.sha256(path) != sha256:
         raise TpawError(f"{path}: has changed since the team was made; restore it with `dvc checkout --force {path}`")
-    table = pq.read_table(path, columns=["prompt_id", "rejected_ids"]).combine_chunks()
-    ids = table["rejected_ids"].combine_chunks()
-    found = Ragged.of(ids.values.to_numpy(), ids.offsets.to_numpy())
+    with _readable(path):
+        table = pq.read_table(path, columns=["prompt_id", "rejected_ids"]).combine_chunks()
+        ids = table["rejected_ids"].combine_chunks()
+        if ids.null_count or not pa.types.is_list(ids.type) or not pa.types.is_integer(ids.type.value_type):
+            raise ValueError("rejected_ids is not a list of token ids in every row")
+        found = Ragged.of(ids.values.to_numpy(), ids.offsets.to_numpy())
     if (names := table["prompt_id"].to_pylist()) == row_ids:
         return found
     place = {name: number for number, name in enumerate(names)}

@@ -1,0 +1,128 @@
+"""What reads files and text that somebody else may have written, as functions of bytes.
+
+Each may raise TpawError and nothing else, and what it lets through must be right. `chaos.fuzz` seeks inputs by
+coverage, the tests draw some.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tpaw_core import checkpoint, config, corpus, data, score_store, scratch, stages, template, workspace
+
+ROOT = Path(__file__).parents[1]
+
+
+def rows(content: bytes, kind: str) -> None:
+    """A file of rows, as JSON lines, CSV or Parquet."""
+    path = Path(f"rows.{kind}")
+    path.write_bytes(content)
+    heldout = Path("heldout.jsonl")
+    heldout.write_text('{"prompt": "held out", "completion": "yes"}\n')
+    counts = data.prepare(config.Data(path=str(path), heldout_path=str(heldout), max_skipped=0.5), seed=0)
+    assert counts["train"] == sum(1 for _ in data.read(workspace.TRAIN_ROWS))
+
+
+def params(content: bytes) -> None:
+    """params.yaml."""
+    Path("params.yaml").write_bytes(content)
+    found = config.load()
+    assert found.digest() == config.load().digest()
+
+
+def override(content: bytes) -> None:
+    """`tpaw use demo SECTION.KEY=VALUE`."""
+    text = content.decode(errors="ignore")
+    config.resolve(str(ROOT / "recipes" / "demo.yaml"), [text])
+
+
+def manifest(content: bytes) -> None:
+    """A checkpoint's manifest.json."""
+    folder = workspace.checkpoint(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / checkpoint.MANIFEST).write_bytes(content)
+    found = checkpoint.verify(folder)
+    assert all((folder / name).is_file() for name in found["files"])
+
+
+def team(content: bytes) -> None:
+    """teams/1.json."""
+    workspace.team(1).parent.mkdir(exist_ok=True)
+    workspace.team(1).write_bytes(content)
+    for member in stages.read_team(1)["members"]:
+        for name in ("checkpoint", "synthetic"):
+            assert Path(member[name]).resolve().is_relative_to(Path.cwd())
+
+
+def scores(content: bytes) -> None:
+    """A file of the score store, named for its bytes as an attacker would."""
+    path = Path(f"{score_store.name(content)}.npy")
+    path.write_bytes(content)
+    try:
+        score_store.read(path)
+    finally:
+        path.unlink()
+
+
+def answers(content: bytes) -> None:
+    """A Parquet file of synthetic data."""
+    workspace.synthetic(1).parent.mkdir(exist_ok=True)
+    workspace.synthetic(1).write_bytes(content)
+    stages.read_responses(workspace.synthetic(1), ["0" * 16])
+
+
+@cache
+def _tokenizer() -> Any:
+    return scratch.tokenizer(PAIRS, config.Scratch(vocab_size=300), 128)
+
+
+def text(content: bytes) -> None:
+    """A row's text: the ids give the text back, and no turn begins or ends within it."""
+    tokenizer = _tokenizer()
+    said = content.decode("utf-8", errors="surrogateescape" if len(content) % 2 else "ignore")
+    item = {"prompt": said, "completion": said}
+    Path("text.jsonl").write_text(json.dumps(item) + "\n")
+    Path("heldout.jsonl").write_text('{"prompt": "held out", "completion": "yes"}\n')
+    data.prepare(config.Data(path="text.jsonl", heldout_path="heldout.jsonl", max_skipped=0.0), seed=0)
+    (row,) = data.read(workspace.TRAIN_ROWS)
+    found = template.encode([row], tokenizer, max_length=100_000, max_skipped=0.0, name="text")
+    *ids, eos = found.chosen[0]
+    assert eos == tokenizer.eos_token_id
+    assert tokenizer.decode(ids) == row.completion
+    assert not {*ids, *found.prompts[0]} & set(tokenizer.all_special_ids)
+
+
+PAIRS = [json.dumps({"prompt": p, "completion": a}) for p, a in corpus.problems(3, seed=1)]
+TARGETS: dict[str, tuple[Callable[..., None], list[bytes]]] = {
+    "jsonl": (lambda content: rows(content, "jsonl"), ["\n".join(PAIRS).encode(), b'{"messages": [{"role": "user"}]}']),
+    "csv": (lambda content: rows(content, "csv"), [b'prompt,completion\n"one, two",3\n']),
+    "parquet": (lambda content: rows(content, "parquet"), []),
+    "params": (params, [(ROOT / "params.yaml").read_bytes()]),
+    "override": (override, [b"objective.eta=2", b"team.exclude=[1]", b"iterations.2.eta=3"]),
+    "manifest": (manifest, [b'{"iteration": 1, "digest": "", "parent": null, "files": {"../x": "0"}}']),
+    "team": (team, [b'{"iteration": 1, "policy": "latest", "players": 1, "members": [{"iteration": 0}]}']),
+    "scores": (scores, []),
+    "answers": (answers, []),
+    "text": (text, ["Größe «∑» 🦉 \u202eabc\x00<eos><pad>".encode(), "\ud800".encode(errors="surrogatepass")]),
+}
+
+
+def seeds(target: str) -> list[bytes]:
+    """What to begin with: sound input, and what is known to hurt."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    if target == "parquet":
+        pq.write_table(pa.table({"prompt": ["a", "b"], "completion": ["1", "2"]}), sink)
+    elif target == "answers":
+        ids = pa.array([[1, 2]], pa.list_(pa.int32()))
+        pq.write_table(pa.table({"prompt_id": ["0" * 16], "rejected_ids": ids}), sink)
+    elif target == "scores":
+        np.save(sink, np.zeros(2, score_store.ENTRY))
+    return [*TARGETS[target][1], *([sink.getvalue().to_pybytes()] if sink.tell() else [])]
