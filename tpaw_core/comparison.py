@@ -27,7 +27,7 @@ class Row(NamedTuple):
     """A method's line in the table: accuracy by iteration, and its paired differences at the end."""
 
     method: str
-    learning_rate: float
+    learning_rate: str  # "*": at an end of the grid
     accuracy: list[Interval]
     differences: dict[str, Interval | None]
 
@@ -68,7 +68,7 @@ def table(plan: Plan, results: Results) -> str:
     for row in rows(plan, results.chosen):
         accuracy = [points(interval) for interval in row.accuracy]
         accuracy += ["-"] * (plan.iterations + 1 - len(accuracy))
-        lines.append([row.method, number(row.learning_rate), *accuracy, *(signed(row.differences[n]) for n in names)])
+        lines.append([row.method, row.learning_rate, *accuracy, *(signed(row.differences[n]) for n in names)])
     return "\n".join(report.aligned(lines))
 
 
@@ -87,7 +87,9 @@ def rows(plan: Plan, chosen: pd.DataFrame) -> list[Row]:
             for name, other in ends.items()
         }
         accuracy = [intervals.mean(list(values.values())) for values in by_iteration if values]
-        found.append(Row(method, float(own["learning_rate"].iloc[0]), accuracy, differences))
+        rate, rates = float(own["learning_rate"].iloc[0]), plan.learning_rates
+        end = "*" if len(rates) > 1 and rate in (min(rates), max(rates)) else ""
+        found.append(Row(method, number(rate) + end, accuracy, differences))
     return found
 
 

@@ -30,6 +30,11 @@ class Plan(Section):
     overrides: list[str] = Field(default_factory=list)  # for all methods; {seed} stands for the seed
     _made: dict[tuple[str, float, int], Cell] = PrivateAttr(default_factory=dict)  # reading a recipe takes a while
 
+    @property
+    def name(self) -> str:
+        """The recipe's, where it is a file of one's own too."""
+        return Path(self.recipe).stem
+
     def cells(self, rates: Iterable[float], seeds: Iterable[int]) -> list[Cell]:
         """Seeds first: what cells of one seed have in common is then made while others work."""
         return [self.cell(method, rate, seed) for method in self.methods for rate in rates for seed in seeds]
