@@ -208,6 +208,28 @@ def test_the_services_start_once_and_the_flow_redoes_nothing(made: Workspace) ->
     assert made.lock() == before
 
 
+def test_the_services_listen_on_this_machine_only(made: Workspace) -> None:
+    listening = [
+        connection.laddr
+        for process in made.services()
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    ports = {int(made.environment[f"TPAW_{name}_PORT"]) for name in ("PREFECT", "MLFLOW")}
+    assert ports <= {address.port for address in listening}
+    assert {address.ip for address in listening} == {"127.0.0.1"}
+
+
+def test_a_dvc_lock_that_cannot_be_read_is_named_and_set_aside(made: Workspace) -> None:
+    before = made.lock()
+    (made.folder / "dvc.lock").write_text("stages: {")
+    made.flow()
+    log = (made.folder / ".tpaw" / "logs" / "worker.log").read_text()
+    assert "dvc.lock: is damaged; set aside as dvc.lock.damaged" in log
+    assert "is cached - skipping run" in log
+    assert made.lock() == before
+
+
 def test_a_study_runs_as_a_flow_and_ends_in_a_report(made: Workspace) -> None:
     parameters = {
         "methods": '["tpaw", "sft"]', "seeds": '"1"', "rates": '"1e-3"', "iterations": "1", "validation_rows": "6"

@@ -6,7 +6,6 @@ Reads a study's results; must not run anything.
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -135,7 +134,10 @@ class _Drawing:
                 if values := by_seed(own, method, self.plan.iterations, "validation"):
                     line.append((rate, intervals.mean([*values.values()])))
             self._band(axes, line, 100, method, marker="o", ms=3)
+        rates = sorted(self.plan.learning_rates)
         axes.set_xscale("log")
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes.minorticks_off()
 
     def over_steps(self, axes: Any, name: str) -> None:
         for method in self.plan.methods:
@@ -159,7 +161,7 @@ class _Drawing:
         xs, found = zip(*line, strict=True) if line else ((), ())
         if xs:
             axes.plot(xs, [scale * i.mean for i in found], lw=1.5, **self.look[method], **look)
-        if xs and not any(math.isnan(i.low) for i in found):
+        if xs and min(i.n for i in found) > 2:  # the interval of two values is wider than any plot
             low, high = [scale * i.low for i in found], [scale * i.high for i in found]
             axes.fill_between(xs, low, high, color=self.look[method]["color"], alpha=0.1, lw=0)
 
