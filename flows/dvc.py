@@ -43,14 +43,23 @@ def repro(stage: str, iteration: int = 0) -> bool:
     A pruned checkpoint is not made again for a stage that has nothing else to do.
     """
     pruned = any(workspace.pruned(t).exists() for t in (iteration - 1, iteration))
-    command = "dvc", "repro", "--single-item", *(["--allow-missing"] if pruned else []), stage
+    lines = _dvc("repro", "--single-item", *(["--allow-missing"] if pruned else []), stage)
+    return any(line.startswith("Running stage") for line in lines)
+
+
+def add(path: Path) -> None:
+    """Let DVC remember a folder's bytes."""
+    _dvc("add", "--quiet", str(path))
+
+
+def _dvc(*arguments: str) -> list[str]:
+    """Run dvc; a dvc.lock that it cannot read is set aside first."""
     try:
-        lines = run(*command)
+        return run("dvc", *arguments)
     except LockDamaged:
         aside = LOCK.rename(f"{LOCK}.damaged")
         get_run_logger().warning("%s: is damaged; set aside as %s, and every stage is looked at again", LOCK, aside)
-        lines = run(*command)
-    return any(line.startswith("Running stage") for line in lines)
+        return run("dvc", *arguments)
 
 
 @contextmanager

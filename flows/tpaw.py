@@ -40,7 +40,7 @@ def configure(recipe: str | None, overrides: list[str], iterations: int | None) 
 @task(**RETRY)
 def prepare_data() -> None:
     dvc.run("tpaw", "data")
-    dvc.run("dvc", "add", "--quiet", str(workspace.DATA))
+    dvc.add(workspace.DATA)
 
 
 @task(**RETRY)

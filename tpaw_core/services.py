@@ -145,7 +145,7 @@ def _services(root: Path, running: Mapping[str, Record]) -> dict[str, Service]:
     store = root / STATE / "mlflow"  # where the stages write when no server is named
     tracking = (
         *("-m", "mlflow", "server", "--host", HOST, "--port", str(mlflow), "--workers", "1"),
-        *("--allowed-hosts", f"{HOST}:{mlflow},localhost:{mlflow}"),
+        *("--allowed-hosts", f"{HOST}:*,localhost:*"),  # whatever port a tunnel has
         *("--backend-store-uri", f"sqlite:///{store / 'mlflow.db'}"),
         *("--no-serve-artifacts", "--default-artifact-root", str(store / "artifacts")),
     )

@@ -1,6 +1,6 @@
 """What else changed: figures of a study's checkpoints beside held-out accuracy.
 
-    python docs/study/diagnose.py docs/study/latent-skill      (needs the study's cells; writes diagnosis.csv there)
+    python docs/study/diagnose.py docs/study/latent-skill      (needs the study's cells; writes a CSV file there)
 
 sampled: accuracy of answers at temperature 1. entropy: nats a token of those answers. heldout_logp: nats a token of
 held-out targets. calibration: expected error of the greedy answer's probability, ten bins. wider: greedy accuracy on
@@ -123,21 +123,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
     parser.add_argument("--seeds", type=int, default=3, help="so many of the plan's first seeds")
+    parser.add_argument("--rate", type=float, help="this learning rate instead of each method's best")
+    parser.add_argument("--name", default="diagnosis", help="of the CSV file")
     arguments = parser.parse_args()
     plan = Plan.model_validate_json((arguments.study / PLAN_FILE).read_text())
     best = results.best_rates(plan, results.read(arguments.study, results.GRID_FILE))
     found, home = [], Path.cwd()
-    for method in plan.methods:
-        for seed in plan.seeds[: arguments.seeds]:
-            cell = plan.cell(method, best[method], seed)
+    for seed in plan.seeds[: arguments.seeds]:
+        for number, method in enumerate(plan.methods):
+            cell = plan.cell(method, arguments.rate or best[method], seed)
             os.chdir(cell.folder(arguments.study))
             rows = [row for _, row in zip(range(ROWS), data.read(workspace.HELDOUT_ROWS), strict=False)]
-            for iteration in (0, plan.iterations):
-                figures = diagnose(workspace.checkpoint(iteration), cell.params, rows)
-                found.append({"method": method, "seed": seed, "iteration": iteration, **figures})
+            if number == 0:  # all methods start from one checkpoint
+                figures = diagnose(workspace.checkpoint(0), cell.params, rows)
+                found.append({"method": "SFT, the start", "seed": seed, "iteration": 0, **figures})
+            figures = diagnose(workspace.checkpoint(plan.iterations), cell.params, rows)
+            found.append({"method": method, "seed": seed, "iteration": plan.iterations, **figures})
             os.chdir(home)
     table = pd.DataFrame(found)
-    table.to_csv(arguments.study / "diagnosis.csv", index=False, float_format="%.5g")
+    table.to_csv(arguments.study / f"{arguments.name}.csv", index=False, float_format="%.5g")
     print(table.groupby(["iteration", "method"], sort=False).mean(numeric_only=True).drop(columns="seed").round(3))
 
 
