@@ -19,6 +19,7 @@ import pytest
 
 from chaos.workspace import BIN, Workspace
 from mlflow import MlflowClient
+from tpaw_core import checkpoint, data, template
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,29 @@ def test_training_by_the_command_line_has_the_same_loss_and_gradient(made: Works
     for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected", "weights/target_active"):
         assert found[0][name] == pytest.approx(expected[0][name], rel=1e-5), name
         assert found[-1][name] == pytest.approx(expected[-1][name], rel=1e-2), name
+
+
+def test_lambda_by_length_divides_each_log_probability_by_its_own_tokens(made: Workspace) -> None:
+    path, weights = made.folder / "params.yaml", made.folder / "weights" / "2.parquet"
+    before, kept = path.read_text(), weights.read_bytes()
+    path.write_text(before.replace("per_token: false", "per_token: true"))
+    try:
+        made.run("tpaw", "weights", "-t", "2")
+        found = pq.read_table(weights).to_pydict()
+    finally:
+        path.write_text(before)
+        weights.unlink()
+        weights.write_bytes(kept)
+    tokenizer = checkpoint.load_tokenizer(made.folder / "checkpoints" / "1")
+    rows = list(data.read(made.folder / "data" / "train.jsonl"))
+    encoded = template.encode(rows, tokenizer, max_length=160, max_skipped=0.0, name="rows")
+    targets = np.array([len(ids) for ids in encoded.chosen])
+    answers = [pq.read_table(made.folder / "synthetic" / f"{t}.parquet")["rejected_ids"].to_pylist() for t in (2, 1)]
+    lengths = np.array([len(ids) for ids in [*answers[0], *answers[1]]])
+    chosen = np.array(found["players_chosen"]) * (targets.mean() / np.tile(targets, 2))[:, None]
+    rejected = np.array(found["players_rejected"]) * (targets.mean() / lengths)[:, None]
+    odds = np.exp(0.5 * 0.1 * (chosen - rejected))
+    assert np.allclose(found["beta"], odds / odds.sum(axis=1, keepdims=True), atol=1e-12)
 
 
 def test_scores_that_are_computed_again_are_the_stored_ones_to_the_byte(made: Workspace) -> None:

@@ -258,7 +258,7 @@ def weigh(params: Params, iteration: int, registry: Registry | None) -> None:
         by_chosen, by_rejected = (np.ones(1), np.ones(1))
         if objective.per_token:
             lengths = np.array([len(response) for _, response in pairs])
-            by_chosen, by_rejected = lengths[:rows].mean() / np.split(lengths[:, None], [rows])
+            by_chosen, by_rejected = (lengths[:rows].mean() / some for some in np.split(lengths[:, None], [rows]))
             by_chosen = np.tile(by_chosen, (len(members), 1))
         beta = weights.player_weights(
             chosen * by_chosen, rejected * by_rejected, gamma=objective.gamma, scale=objective.lambda_
