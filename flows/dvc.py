@@ -49,7 +49,7 @@ def repro(stage: str, iteration: int = 0) -> bool:
 
 def add(path: Path) -> None:
     """Let DVC remember a folder's bytes."""
-    _dvc("add", "--quiet", str(path))
+    _dvc("add", str(path))
 
 
 def _dvc(*arguments: str) -> list[str]:

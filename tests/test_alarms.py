@@ -44,4 +44,4 @@ def test_answers_that_nearly_all_equal_their_targets_are_told(equal: float, told
     said = alarms.of_answers(equal)
     assert (said is not None) == told
     if said:
-        assert "generation.temperature" in said
+        assert "sft.num_train_epochs" in said

@@ -17,8 +17,8 @@ def of_answers(equal: float) -> str | None:
     if equal <= MOSTLY_EQUAL:
         return None
     return (
-        f"{equal:.0%} of the answers equal their target, so there is little to tell apart: raise "
-        "generation.temperature, start from fewer sft.num_train_epochs, or give rows the model has not learnt by heart"
+        f"{equal:.0%} of the answers equal their target, so there is little to tell apart: start "
+        "from fewer sft.num_train_epochs, or give rows that the model has not learnt by heart"
     )
 
 
