@@ -4,7 +4,7 @@ BIN := .venv/bin
 SEED ?= 42
 export PREFECT_API_URL ?= http://127.0.0.1:$(or $(TPAW_PREFECT_PORT),4200)/api
 
-.PHONY: demo test test-vllm bench chaos lint up down vllm install
+.PHONY: demo test test-vllm bench chaos fuzz lint up down vllm install
 
 demo: up  ## SFT and four iterations on a small model, through Prefect, DVC and MLflow; then the table
 	@tail -n 0 -F .tpaw/logs/worker.log & log=$$!; trap "kill $$log" EXIT; \
@@ -24,6 +24,11 @@ bench: install  ## every benchmark, ours against its peer; `make demo` must have
 FAULTS ?= 200
 chaos: install  ## break the demo at a small scale FAULTS times, and count what went wrong; needs root
 	$(BIN)/python -m chaos --faults $(FAULTS) --seed $(SEED)
+
+SECONDS ?= 1200
+fuzz: install  ## hostile bytes into TARGET (see chaos/targets.py) for SECONDS
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	$(BIN)/python -m chaos.fuzz $(TARGET) --seconds $(SECONDS)
 
 lint: install  ## formatter, linter, type checker
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

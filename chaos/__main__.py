@@ -39,7 +39,8 @@ def main() -> int:
     kinds: list[str] = []
     while len(kinds) < arguments.faults:
         kinds += draw.sample(names := arguments.kind or list(KINDS), len(names))
-    kinds = kinds[: arguments.faults]
+    # Prefect and MLflow are started late: idle, they would take a part of the machine from everything else.
+    kinds = sorted(kinds[: arguments.faults], key=lambda kind: KINDS[kind].services)
     print(f"seed {arguments.seed}: {len(kinds)} faults of {len(set(kinds))} kinds", flush=True)
     jobs = range(min(arguments.jobs, len(kinds)))
     with tempfile.TemporaryDirectory(prefix="tpaw-chaos-") as folder, ThreadPoolExecutor(len(jobs)) as pool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,12 @@ def override(content: bytes) -> None:
 
 
 def manifest(content: bytes) -> None:
-    """A checkpoint's manifest.json."""
+    """A checkpoint's manifest.json, with the digest of its files set right as an attacker would."""
     folder = workspace.checkpoint(1)
     folder.mkdir(parents=True, exist_ok=True)
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        found = json.loads(content)
+        content = json.dumps({**found, "digest": config.digest(found["files"])}).encode()
     (folder / checkpoint.MANIFEST).write_bytes(content)
     found = checkpoint.verify(folder)
     assert all((folder / name).is_file() for name in found["files"])
@@ -97,14 +101,23 @@ def text(content: bytes) -> None:
 
 
 PAIRS = [json.dumps({"prompt": p, "completion": a}) for p, a in corpus.problems(3, seed=1)]
+MANIFEST: dict[str, Any] = {
+    "iteration": 1, "digest": "", "parent": None, "team": ["0"], "made_from": {"data/train.jsonl": "0"},
+    "params": {"seed": 1}, "versions": {"torch": "2"},
+}  # fmt: skip
+MEMBER = {
+    "iteration": 0, "version": 1, "digest": "0", "checkpoint": "checkpoints/0", "synthetic": "synthetic/1.parquet",
+    "synthetic_sha256": "0",
+}  # fmt: skip
+TEAM = {"iteration": 1, "policy": "latest", "players": 1, "members": [MEMBER]}
 TARGETS: dict[str, tuple[Callable[..., None], list[bytes]]] = {
     "jsonl": (lambda content: rows(content, "jsonl"), ["\n".join(PAIRS).encode(), b'{"messages": [{"role": "user"}]}']),
     "csv": (lambda content: rows(content, "csv"), [b'prompt,completion\n"one, two",3\n']),
     "parquet": (lambda content: rows(content, "parquet"), []),
     "params": (params, [(ROOT / "params.yaml").read_bytes()]),
     "override": (override, [b"objective.eta=2", b"team.exclude=[1]", b"iterations.2.eta=3"]),
-    "manifest": (manifest, [b'{"iteration": 1, "digest": "", "parent": null, "files": {"../x": "0"}}']),
-    "team": (team, [b'{"iteration": 1, "policy": "latest", "players": 1, "members": [{"iteration": 0}]}']),
+    "manifest": (manifest, [json.dumps(MANIFEST | {"files": files}).encode() for files in ({}, {"../x": "0"})]),
+    "team": (team, [json.dumps(TEAM).encode(), json.dumps(TEAM | {"members": [{"iteration": 0}]}).encode()]),
     "scores": (scores, []),
     "answers": (answers, []),
     "text": (text, ["Größe «∑» 🦉 \u202eabc\x00<eos><pad>".encode(), "\ud800".encode(errors="surrogatepass")]),

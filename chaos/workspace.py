@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -108,7 +110,8 @@ class Workspace:
     def up(self) -> None:
         """Start what is not running of Prefect, MLflow and the worker; a connection to MLflow that can be lost."""
         alone = {name: value for name, value in self.environment.items() if name != preload.ADDRESS}
-        subprocess.run([BIN / "tpaw", "up"], cwd=self.folder, env=alone, check=True, capture_output=True)
+        done = subprocess.run([BIN / "tpaw", "up"], cwd=self.folder, env=alone, capture_output=True, text=True)
+        assert done.returncode == 0, f"tpaw up\n{done.stdout}\n{done.stderr}"
         if self.proxy is None:
             self.proxy = Proxy(int(self.environment["TPAW_MLFLOW_PORT"]))
 
@@ -162,6 +165,9 @@ class Workspace:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below those that the kernel gives to outgoing connections: the server may start minutes from now."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

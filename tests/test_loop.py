@@ -17,7 +17,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from chaos.workspace import BIN, Workspace
+from chaos.workspace import BIN, COMMANDS, Workspace
 from mlflow import MlflowClient
 from tpaw_core import checkpoint, data, template
 
@@ -242,6 +242,40 @@ def test_the_services_listen_on_this_machine_only(made: Workspace) -> None:
     ports = {int(made.environment[f"TPAW_{name}_PORT"]) for name in ("PREFECT", "MLFLOW")}
     assert ports <= {address.port for address in listening}
     assert {address.ip for address in listening} == {"127.0.0.1"}
+
+
+def test_a_server_that_was_killed_starts_again_at_its_port(made: Workspace) -> None:
+    server = made.service("mlflow")
+    assert server is not None
+    left = server.children(recursive=True)
+    assert left, "uvicorn's processes, which hold the port"
+    server.kill()
+    assert "mlflow: started" in made.run("tpaw", "up").stdout
+    assert psutil.wait_procs(left, timeout=5)[1] == []
+
+
+def test_two_workspaces_share_one_mlflow_and_every_checkpoint_is_registered_once(
+    made: Workspace, tmp_path: Path
+) -> None:
+    """Equal settings, so equal checkpoints: each joins the version that is there, whichever workspace was first."""
+    other = Workspace.make(tmp_path / "other")
+    uri = f"http://127.0.0.1:{made.environment['TPAW_MLFLOW_PORT']}"
+    for path in ("synthetic", "teams", "weights", "checkpoints", "training", "metrics"):
+        for made_before in (made.folder / path).glob("2*"):
+            shutil.rmtree(made_before) if made_before.is_dir() else made_before.unlink()
+    commands = []
+    for workspace, command in ((made, "flow"), (other, "repro")):
+        environment = {**workspace.environment, "MLFLOW_TRACKING_URI": uri}
+        commands.append(subprocess.Popen(COMMANDS[command], cwd=workspace.folder, env=environment))
+    assert [command.wait() for command in commands] == [0, 0]
+    assert other.digest(2) == made.digest(2)
+    digests = [version.tags["digest"] for version in made.client().search_model_versions("name='tpaw-policy'")]
+    assert len(digests) == len(set(digests))
+    for workspace in (made, other):
+        workspace.environment["MLFLOW_TRACKING_URI"] = uri
+        assert "nothing disagrees" in workspace.run("tpaw", "verify").stdout
+        del workspace.environment["MLFLOW_TRACKING_URI"]
+    other.close()
 
 
 def test_a_dvc_lock_that_cannot_be_read_is_named_and_set_aside(made: Workspace) -> None:

@@ -75,7 +75,8 @@ def test_a_version_says_what_checkpoint_it_is_and_holds_its_files(found: Registr
     first, second = versions(found)
     parent = found.parent()
     assert second.tags == {
-        "iteration": "1", "digest": digests[1], "parent": digests[0], "recipe": "demo", "run": parent.info.run_id
+        "iteration": "1", "digest": digests[1], "parent": digests[0], "recipe": "demo", "run": parent.info.run_id,
+        f"workspace.{registry.WORKSPACE_ID.read_text()}": "",
     }  # fmt: skip
     assert first.tags["parent"] == ""
     assert second.run_id == found.iteration(1).info.run_id == found.run_of(digests[1])
@@ -91,6 +92,40 @@ def test_registering_again_changes_nothing(found: Registry, make: Callable[[int]
     registry.LEDGER.unlink()  # as in a fresh clone
     assert Registry(params).register(0) == 1
     assert len(versions(found)) == 1
+
+
+def test_workspaces_with_an_equal_checkpoint_share_its_version_and_neither_prunes_it_from_the_other(
+    found: Registry, make: Callable[[int], str], params: config.Params, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make(0), make(1)
+    found.register(0), found.register(1)
+    found.client.delete_registered_model_alias(registry.MODEL, registry.NEWEST)
+    assert sorted(removal.what[:9] for removal in found.removals(set())) == ["version 1", "version 2"]
+    shutil.copytree(workspace.checkpoint(0), tmp_path / "elsewhere" / workspace.checkpoint(0))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.tracking_uri())
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert Registry(params).register(0) == 1
+    assert Registry(params).removals(set()) == []
+    monkeypatch.chdir(tmp_path)
+    assert [removal.what[:9] for removal in found.removals(set())] == ["version 2"]
+
+
+def test_of_two_who_register_at_the_same_moment_the_later_one_joins_the_earlier(
+    found: Registry, make: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, look, looked = make(0), Registry._versions, []
+
+    def versions_seen(own: Registry) -> list[Any]:
+        """The first look is just before the other workspace registers."""
+        seen = look(own)
+        if not looked:
+            own.client.create_model_version(registry.MODEL, "elsewhere", tags={"digest": digest})
+        looked.append(seen)
+        return seen
+
+    monkeypatch.setattr(Registry, "_versions", versions_seen)
+    assert found.register(0) == 1
+    assert [version.source for version in versions(found)] == ["elsewhere"]
 
 
 def test_a_checkpoint_made_anew_is_a_new_version(

@@ -12,9 +12,11 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tpaw_core import config, workspace
+from typing_extensions import TypedDict
+
+from tpaw_core import config, records, workspace
 from tpaw_core.errors import TpawError
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ VERSIONED = ("tpaw", "torch", "transformers", "tokenizers")
 PICKLE = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
+@records.shape
 class Manifest(TypedDict):
     """What manifest.json holds."""
 
@@ -81,13 +84,10 @@ def manifest(folder: Path) -> Manifest:
     if not folder.exists() and folder.name.isdecimal() and workspace.pruned(int(folder.name)).exists():
         path = workspace.pruned(int(folder.name))
     workspace.need(path, f"make checkpoint {folder.name} first, or restore it with `dvc checkout`")
-    try:
-        found: Manifest = json.loads(path.read_text(encoding="utf-8"))
-        good = set(found) == set(Manifest.__annotations__) and config.digest(found["files"]) == found["digest"]
-    except (ValueError, TypeError, KeyError):
-        good = False
-    if not good:
-        raise TpawError(f"{path}: is damaged; restore it with `dvc checkout {folder}` or make it again")
+    remedy = f"restore it with `dvc checkout {folder}` or make it again"
+    found = records.read(path, Manifest, remedy)
+    if config.digest(found["files"]) != found["digest"]:
+        raise TpawError(f"{path}: is damaged; {remedy}")
     return found
 
 

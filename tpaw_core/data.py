@@ -18,7 +18,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tpaw_core import corpus, workspace
+from typing_extensions import TypedDict
+
+from tpaw_core import corpus, records, workspace
 from tpaw_core.config import Data, digest
 from tpaw_core.errors import TpawError
 
@@ -31,6 +33,15 @@ class Row:
     prompt_id: str  # digest of prompt and completion
     prompt: list[Message]
     completion: str
+
+
+@records.shape
+class OriginFile(TypedDict):
+    """What data/origin.json holds."""
+
+    made_from: str  # digest of settings, seed and source files
+    rows: dict[str, int]
+    files: dict[str, str]  # name -> SHA-256
 
 
 class Source(NamedTuple):
@@ -100,13 +111,17 @@ def _origin(data: Data, seed: int) -> str:
     return digest([data.model_dump(exclude={"max_self_play_rows"}), seed, [workspace.sha256(path) for path in files]])
 
 
+def _made() -> OriginFile:
+    return records.read(ORIGIN, OriginFile, "make data/ again with `tpaw data`")
+
+
 def _up_to_date(made_from: str) -> dict[str, int] | None:
     """The counts of rows in data/ where they were made from the same and are unchanged."""
     try:
-        found = json.loads(ORIGIN.read_text())
+        found = _made()
         same = all(workspace.sha256(workspace.DATA / name) == sha for name, sha in found["files"].items())
         return found["rows"] if same and found["made_from"] == made_from else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, TpawError):
         return None
 
 
@@ -114,11 +129,7 @@ def verify() -> None:
     """Raise TpawError where a file in data/ is not as `prepare` made it."""
     if not ORIGIN.exists():
         return
-    try:
-        sums = dict(json.loads(ORIGIN.read_text())["files"])
-    except (ValueError, KeyError, TypeError):
-        raise TpawError(f"{ORIGIN}: is damaged; make data/ again with `tpaw data`") from None
-    for name, sha in sums.items():
+    for name, sha in _made()["files"].items():
         path = workspace.need(workspace.DATA / Path(name).name, "make data/ again with `tpaw data`")
         if workspace.sha256(path) != sha:
             raise TpawError(

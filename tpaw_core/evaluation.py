@@ -11,8 +11,11 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from typing_extensions import TypedDict
+
+from tpaw_core import records
 from tpaw_core.errors import TpawError
 from tpaw_core.template import render
 
@@ -26,6 +29,7 @@ HELDOUT, METRIC = "heldout", "exact_match"
 OWN = (HELDOUT, "validation")  # each on the rows of data/<name>.jsonl
 
 
+@records.shape
 class Primary(TypedDict):
     """The headline figure: opens metrics/<t>.json."""
 
@@ -34,6 +38,17 @@ class Primary(TypedDict):
     value: float
     stderr: float
     n: int
+
+
+@records.shape
+class Metrics(TypedDict):
+    """What metrics/<t>.json holds."""
+
+    primary: Primary
+    benchmarks: dict[str, dict[str, float]]
+    training: dict[str, float]  # means over the last quarter of the training log
+    checkpoint: str  # its digest
+    parent: str | None
 
 
 class Sample(TypedDict):

@@ -6,7 +6,6 @@ Reads everything and changes nothing. A disagreement is one line that names the 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -15,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpaw_core import checkpoint, data, stages, workspace
+from tpaw_core import checkpoint, data, records, stages, workspace
 from tpaw_core.errors import TpawError
+from tpaw_core.evaluation import Metrics
 
 if TYPE_CHECKING:
     from tpaw_core.registry import Registry
@@ -39,9 +39,7 @@ class Findings:
             self.disagreements.append(str(error))
         except Exception as error:  # whatever a broken file makes a library raise
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self.disagreements.append(
-                f"{path}: cannot be read ({said}); make it again, or restore it with `dvc checkout`"
-            )
+            self.disagreements.append(f"{path}: cannot be read ({said}); {records.RESTORE}")
 
 
 def check(registry: Registry | None) -> Findings:
@@ -167,8 +165,8 @@ def _records(found: Findings) -> None:
         for iteration in workspace.iterations(kind):
             path = place(iteration)
             with found.of("logs", path):
-                for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-                    figures = [value for value in json.loads(line).values() if isinstance(value, float)]
+                for number, entry in enumerate(records.lines(path), 1):
+                    figures = [value for value in entry.values() if isinstance(value, float)]
                     _expect(
                         all(map(math.isfinite, figures)), f"{path}, line {number}: holds a number that is not finite"
                     )
@@ -176,7 +174,7 @@ def _records(found: Findings) -> None:
         path = workspace.metrics(iteration)
         with found.of("metrics", path):
             own = _digest(iteration)
-            metrics = json.loads(path.read_text(encoding="utf-8"))
+            metrics = records.read(path, Metrics)
             _expect(
                 own is None or metrics["checkpoint"] == own,
                 f"{path}: measures another checkpoint than checkpoints/{iteration}; run `dvc repro`",

@@ -24,7 +24,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from mlflow import MlflowClient
-from tpaw_core import checkpoint, config, workspace
+from tpaw_core import checkpoint, config, records, workspace
 from tpaw_core.config import Params
 from tpaw_core.errors import TpawError, Unavailable
 from tpaw_core.team import Candidate
@@ -34,6 +34,7 @@ EXPERIMENT = "tpaw"
 UNFINISHED = "attributes.status != 'FINISHED'"
 MODEL = "tpaw-policy"
 NEWEST, CHAMPION = "newest", "champion"  # MLflow reserves "latest" for its own models:/NAME/latest
+HOLDER = "workspace."  # a version's tag for each workspace that has this checkpoint
 LOCAL = workspace.STATE / "mlflow"
 WORKSPACE_ID = workspace.STATE / "workspace"
 LEDGER = workspace.STATE / "registered.json"  # server -> digest -> version: tells a deleted version from one never made
@@ -216,14 +217,24 @@ class Registry:
                 },
                 description=f"Checkpoint {iteration} of recipe {self.params.recipe}.",
             )
+            versions[manifest["digest"]] = version = self._first(version)
             self.client.set_registered_model_alias(MODEL, NEWEST, str(version.version))
         number = int(versions[manifest["digest"]].version)
         if ledger.get(manifest["digest"]) != number:
+            self.client.set_model_version_tag(MODEL, str(number), _holder(), "")
             everywhere = _ledgers()
             everywhere[self._server] = {**ledger, manifest["digest"]: number}
             with workspace.publish(LEDGER) as aside:
                 aside.write_text(json.dumps(everywhere, indent=1))
         return number
+
+    def _first(self, version: Any) -> Any:
+        """Of two workspaces that register equal checkpoints at the same moment, the later one joins the earlier."""
+        twins = [v for v in self._versions() if v.tags.get("digest") == version.tags["digest"]]
+        first = min(twins, key=lambda v: int(v.version))
+        if first.version != version.version:
+            self.client.delete_model_version(MODEL, version.version)
+        return first
 
     def check(self, iteration: int) -> None:
         """Compare checkpoint ``iteration`` with its version: one, of this parent, with the same files.
@@ -324,13 +335,13 @@ class Registry:
         return {v.tags["digest"] for v in self._versions() if str(v.version) in named and "digest" in v.tags}
 
     def removals(self, kept: Collection[str]) -> list[Removal]:
-        """This workspace's versions and their files, but for these digests and for what an alias names."""
+        """Versions that only this workspace holds, and their files; not these digests, nor what an alias names."""
         spared = {*kept, *self.aliased()}
         own = []
         for version in self._versions():
-            if version.tags.get("digest") in spared or "run" not in version.tags:
+            if version.tags.get("digest") in spared:
                 continue
-            if self.client.get_run(version.tags["run"]).data.tags.get("tpaw.workspace") == _workspace_id():
+            if [name for name in version.tags if name.startswith(HOLDER)] == [_holder()]:
                 size = sum(file.file_size or 0 for file in self.client.list_artifacts(version.run_id, "model"))
                 what = f"version {version.version} of {MODEL} and its files, checkpoint {version.tags['iteration']}"
                 own.append(Removal(what, size, partial(self._remove, version)))
@@ -363,7 +374,7 @@ def _sum(path: Path) -> str | None:
 
 
 def _ledgers() -> dict[str, dict[str, int]]:
-    return json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
+    return records.read(LEDGER, dict[str, dict[str, int]], "delete it") if LEDGER.exists() else {}
 
 
 def _workspace_id() -> str:
@@ -372,6 +383,10 @@ def _workspace_id() -> str:
         with workspace.publish(WORKSPACE_ID) as aside:
             aside.write_text(uuid.uuid4().hex)
     return WORKSPACE_ID.read_text().strip()
+
+
+def _holder() -> str:
+    return HOLDER + _workspace_id()
 
 
 def _answering(uri: str) -> None:

@@ -5,17 +5,17 @@ Reads metrics/ and training/ only, so it can be made anywhere and at any time.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from tpaw_core import alarms, data, workspace
+from tpaw_core import alarms, data, records, workspace
+from tpaw_core.evaluation import Metrics
 
 COLUMNS = ["checkpoint", "benchmark", "score", "stderr", "n", "target reward", "generated reward", "alpha = eta"]
 ACCENT, SECOND, THIRD = "#2a6f97", "#c8553d", "#6a994e"
 
 
-def evaluated() -> dict[int, dict[str, Any]]:
+def evaluated() -> dict[int, Metrics]:
     """metrics/<t>.json of the evaluated checkpoints, by iteration, up to the first with another parent."""
     found = _measured()
     ends = (t for t in found if t - 1 in found and found[t]["parent"] != found[t - 1]["checkpoint"])
@@ -23,20 +23,18 @@ def evaluated() -> dict[int, dict[str, Any]]:
     return {t: metrics for t, metrics in found.items() if end is None or t < end}
 
 
-def _measured() -> dict[int, dict[str, Any]]:
-    found = {int(path.stem): json.loads(path.read_text()) for path in Path("metrics").glob("*.json")}
-    return dict(sorted(found.items()))
+def _measured() -> dict[int, Metrics]:
+    return {t: records.read(workspace.metrics(t), Metrics) for t in workspace.iterations("metrics")}
 
 
 def flow_seconds() -> dict[str, float]:
     """Seconds by stage of the last flow run; empty where none has ended."""
     path = workspace.FLOW_SECONDS
-    return json.loads(path.read_text()) if path.exists() else {}
+    return records.read(path, dict[str, float], "delete it") if path.exists() else {}
 
 
 def samples(iteration: int) -> list[dict[str, Any]]:
-    path = workspace.samples(iteration)
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return records.lines(workspace.samples(iteration))
 
 
 def rows() -> list[dict[str, Any]]:
@@ -103,8 +101,7 @@ def _cell(value: Any) -> str:
 
 
 def _log(iteration: int) -> list[dict[str, float]]:
-    path = workspace.training_log(iteration)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return records.lines(workspace.training_log(iteration))
 
 
 def _plots(folder: Path) -> list[str]:

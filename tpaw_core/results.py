@@ -5,12 +5,12 @@ Cells that the files hold need not be run again, on whatever machine: a study gr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tpaw_core import data, workspace
+from tpaw_core import data, records, workspace
+from tpaw_core.evaluation import Metrics
 from tpaw_core.plan import Cell, Plan
 
 if TYPE_CHECKING:
@@ -96,8 +96,7 @@ def failures(grid: pd.DataFrame) -> list[str]:
 
 def training_log(home: Path, iteration: int) -> list[dict[str, float]]:
     """A cell's training log."""
-    path = home / workspace.training_log(iteration)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return records.lines(home / workspace.training_log(iteration))
 
 
 def logged(home: Path, iterations: int) -> Iterator[tuple[int, int, dict[str, float]]]:
@@ -123,7 +122,7 @@ def _cell(folder: Path, cell: Cell, known: pd.DataFrame) -> pd.DataFrame:
         path = home / workspace.metrics(iteration)
         if not path.exists():
             break
-        metrics = json.loads(path.read_text())
+        metrics = records.read(path, Metrics, "delete the cell's folder, `tpaw compare` makes it again")
         trained = metrics["training"]
         if iteration:
             log = training_log(home, iteration)

@@ -35,6 +35,7 @@ def removals(params: Params, registry: Registry | None) -> list[Removal]:
     found = registry.removals({digests[t] for t in kept}) if registry else []
     gone = [t for t in made if t not in kept]
     found += [_checkpoint(t) for t in gone]
+    found += [_files(f"{path}, left by a prune that was stopped", path) for path in _going()]
     found += _cache({workspace.checkpoint(t) for t in [*gone, *_pruned()]})
     needed = {digests[t][:32] for t in kept}
     found += [
@@ -65,6 +66,10 @@ def _kept(params: Params, registry: Registry | None, made: list[int]) -> set[int
         or checkpoint.manifest(workspace.checkpoint(t))["digest"] in named
         or not workspace.metrics(t).exists()  # not yet measured
     }
+
+
+def _going() -> list[Path]:
+    return sorted(workspace.checkpoint(0).parent.glob(".*-going"))
 
 
 def _pruned() -> list[int]:

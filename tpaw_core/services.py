@@ -79,6 +79,9 @@ def up() -> None:
         services = _services(root, {name: records[name] for name in running})
         missing = [service for service in services.values() if service.name not in running]
         _refuse_moved_ports(records, running, missing)
+        for service in missing:
+            if service.name in records:
+                _stop(records[service.name])  # a server that was killed leaves processes that hold its port
         _refuse_taken_ports(missing)
         if missing:
             print(f"starting {', '.join(service.name for service in missing)}; logs in {LOGS}", flush=True)

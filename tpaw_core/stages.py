@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
-from tpaw_core import alarms, checkpoint, config, data, workspace
+from typing_extensions import TypedDict
+
+from tpaw_core import alarms, checkpoint, config, data, evaluation, records, workspace
 from tpaw_core.config import Params
 from tpaw_core.errors import Diverged, TpawError
 from tpaw_core.ragged import Ragged
@@ -30,9 +32,9 @@ if TYPE_CHECKING:
 
 
 ROWS_AT_A_TIME = 1000
-RESTORE = "make it again, or restore it with `dvc checkout`"
 
 
+@records.shape
 class Member(TypedDict):
     """One team member in teams/<t>.json: a main player, and the opponent whose answers are in ``synthetic``."""
 
@@ -44,6 +46,7 @@ class Member(TypedDict):
     synthetic_sha256: str
 
 
+@records.shape
 class TeamFile(TypedDict):
     """What teams/<t>.json holds, members newest first; the first ``players`` of them judge."""
 
@@ -358,7 +361,7 @@ def evaluate(params: Params, iteration: int, registry: Registry | None) -> None:
             max_length=params.model.max_length,
             seed=params.seed,
         )
-        metrics = {
+        metrics: evaluation.Metrics = {
             "primary": results.primary,
             "benchmarks": results.benchmarks,
             "training": _last_quarter(iteration),
@@ -410,19 +413,16 @@ def register(params: Params, registry: Registry | None, *, again: bool = False) 
 
 def read_team(iteration: int) -> TeamFile:
     """teams/<t>.json, checked."""
-    path = workspace.need(workspace.team(iteration), f"make it with `tpaw team --iteration {iteration}`")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        good = bool(found["members"]) and all(
-            set(m) == set(Member.__annotations__)
-            and m["checkpoint"] == workspace.checkpoint(int(m["iteration"])).as_posix()
-            and m["synthetic"] == workspace.synthetic(int(m["iteration"]) + 1).as_posix()
-            for m in found["members"]
-        )
-    except (ValueError, KeyError, TypeError):
-        good = False
+    again = f"`tpaw team --iteration {iteration}`"
+    path = workspace.need(workspace.team(iteration), f"make it with {again}")
+    found = records.read(path, TeamFile, f"make it again with {again}")
+    good = 1 <= found["players"] <= len(found["members"]) and all(
+        m["checkpoint"] == workspace.checkpoint(m["iteration"]).as_posix()
+        and m["synthetic"] == workspace.synthetic(m["iteration"] + 1).as_posix()
+        for m in found["members"]
+    )
     if not good:
-        raise TpawError(f"{path}: is damaged; make it again with `tpaw team --iteration {iteration}`")
+        raise TpawError(f"{path}: is damaged; make it again with {again}")
     return found
 
 
@@ -472,7 +472,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise TpawError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {RESTORE}") from None
+        raise TpawError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {records.RESTORE}") from None
 
 
 def _parent(iteration: int) -> Path:
@@ -548,7 +548,7 @@ def read_responses(path: str | Path, row_ids: list[str], sha256: str | None = No
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = workspace.need(Path(path), RESTORE)
+    path = workspace.need(Path(path), records.RESTORE)
     if sha256 is not None and workspace.sha256(path) != sha256:
         raise TpawError(f"{path}: has changed since the team was made; restore it with `dvc checkout --force {path}`")
     with _readable(path):
@@ -591,8 +591,7 @@ def _publish(
 
 def _last_quarter(iteration: int) -> dict[str, float]:
     """Means over the last quarter of the training log: where the iteration ended, not how it got there."""
-    path = workspace.training_log(iteration)
-    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    entries = records.lines(workspace.training_log(iteration))
     entries = entries[-max(1, len(entries) // 4) :]
     names = sorted({name for entry in entries for name in entry} - {"step", "epoch", "learning_rate"})
     return {
