@@ -160,16 +160,26 @@ def test_the_csv_files_alone_are_enough_to_go_on(project: Project, tmp_path: Pat
         assert (other.study() / name).read_bytes() == (study / name).read_bytes(), name
 
 
+def rows_of(project: Project, name: str) -> set[tuple[object, ...]]:
+    """The rows that a study's file names, by cell and iteration."""
+    table = pd.read_csv(project.study() / name)
+    return set(table[["method", "learning_rate", "seed", "params", "iteration"]].itertuples(index=False, name=None))
+
+
 def test_rows_made_under_other_parameters_do_not_count(project: Project, tmp_path: Path, root: Path) -> None:
     other = Project(tmp_path, root)
     other.study().mkdir(parents=True)
     for name in ("grid.csv", "steps.csv"):
         shutil.copy(project.study() / name, other.study() / name)
+    before = rows_of(other, "grid.csv")
     one = ("--method", "sft", "--seeds", "1", "--rates", "1e-3", *OPTIONS[4:], *TINY)
     other.compare("demo", *one)
     assert not (other.study() / "made").exists()
+    assert rows_of(other, "grid.csv") == before, "cells that a smaller plan does not name stay"
     other.compare("demo", *one, "training.weight_decay=0.5")
     assert (other.study() / "made").exists()
+    assert rows_of(other, "grid.csv") > before
+    assert list(pd.read_csv(other.study() / "results.csv")["seed"].unique()) == [1]
 
 
 def test_another_seed_is_one_more_option(project: Project) -> None:

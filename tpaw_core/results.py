@@ -59,15 +59,26 @@ def finished(cell: Cell, known: pd.DataFrame) -> bool:
 
 
 def write(folder: Path, results: Results) -> None:
-    """results.csv (each method at its best rate), grid.csv and steps.csv."""
+    """results.csv (each method at its best rate), grid.csv and steps.csv; the last two keep cells of earlier plans."""
     tables = {
         "results.csv": results.chosen.drop(columns=["chosen", "params", "stopped"]),
-        GRID_FILE: results.grid,
-        STEPS_FILE: results.steps,
+        GRID_FILE: _and_earlier(results.grid, read(folder, GRID_FILE)),
+        STEPS_FILE: _and_earlier(results.steps, read(folder, STEPS_FILE)),
     }
     for name, table in tables.items():
         with workspace.publish(folder / name) as aside:
             table.to_csv(aside, index=False)
+
+
+def _and_earlier(table: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:
+    """The rows, and below them those of cells that are not among them."""
+    import pandas as pd
+
+    if known.empty:
+        return table
+    cell = [*KEY, "params"]
+    earlier = known[~pd.MultiIndex.from_frame(known[cell]).isin(pd.MultiIndex.from_frame(table[cell]))]
+    return pd.concat([table, earlier.assign(chosen=False) if "chosen" in table else earlier])
 
 
 def best_rates(plan: Plan, grid: pd.DataFrame) -> dict[str, float]:
