@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +24,22 @@ def bent(draw: st.DrawFn, target: str) -> bytes:
         end = draw(st.integers(start, min(len(content), start + 8)))
         content[start:end] = draw(st.binary(max_size=8))
     return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("target", "content"),
+    [
+        ("team", json.dumps(targets.TEAM | {"members": [targets.MEMBER | {"iteration": math.inf}]}).encode()),
+        ("team", json.dumps({k: v for k, v in targets.TEAM.items() if k != "players"}).encode()),
+        ("team", b"[" * 5000),
+        ("manifest", json.dumps(targets.MANIFEST | {"files": ["config.json"]}).encode()),
+        ("manifest", b"[" * 5000),
+        ("parquet", b"PAR1" + bytes([255] * 20) + targets.seeds("parquet")[0][24:]),
+    ],
+)
+def test_what_was_found_once_is_refused(target: str, content: bytes, workspace_folder: Path) -> None:
+    with pytest.raises(TpawError, match=r"is damaged|not a readable"):
+        targets.TARGETS[target][0](content)
 
 
 @pytest.mark.parametrize("target", list(targets.TARGETS))
