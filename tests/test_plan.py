@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ NOTHING = {"methods": None, "seeds": None, "learning_rates": None, "folder": Non
 
 
 @pytest.fixture(autouse=True)
-def in_project(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(root)
+def in_project(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A project where no study has been run."""
+    shutil.copytree(root / "recipes", tmp_path / "project" / "recipes")
+    monkeypatch.chdir(tmp_path / "project")
 
 
 def test_left_out_options_have_defaults_from_the_recipe() -> None:
