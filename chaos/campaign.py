@@ -1,7 +1,8 @@
 """A campaign: fault after fault in one workspace, each followed by the same command again, and what became of it.
 
 Before a fault the pipeline is set back to a stage drawn at random: outputs, versions and DVC's memory of what comes
-after are deleted, so that the command has real work to do. Afterwards all must be as the undisturbed run left it.
+after are deleted, so that the command has real work to do. A fault that found nothing to strike is tried again, and
+does not count. Afterwards all must be as the undisturbed run left it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from chaos.workspace import COMMANDS, Workspace
 from tpaw_core.registry import MODEL
 
 PATIENCE = 300  # seconds that a command may take before it counts as hung
+MOMENTS = 2.0  # a fault strikes within so many seconds after its stage has begun
+TRIES = 10  # to find something to strike
 ORDER = (
     "sft",
     "evaluate-sft",
@@ -36,6 +39,7 @@ class Outcome(NamedTuple):
 
     kind: str
     stage: str
+    ended: int  # what the command that was struck, or met the damage first, ended with
     lost: str  # why the same command, run again, did not complete
     wrong: str  # what differs from the undisturbed run, or was damaged and not named
     duplicates: int
@@ -49,27 +53,27 @@ class Campaign:
     def __init__(self, made: Workspace, seed: int) -> None:
         self.made, self.draw = made, random.Random(seed)
         self.outputs = {name: outs for name, outs in made.lock().items() if name != "report"}
-        self.seconds = dict.fromkeys(ORDER, 2.0)  # a fault strikes within so long after its stage has begun
 
     def suffer(self, kind: str) -> Outcome:
         """One fault of a kind, the same command again, and a look at what became of it."""
         started, fault = time.monotonic(), faults.KINDS[kind]
-        stage = self.draw.choice(ORDER[1:] if fault.damage else ORDER)
         if fault.services:
             self.made.up()
-        self.set_back(stage)
-        wrong = ""
         if fault.damage:
-            wrong = self._damage(fault)
+            stage, wrong = self._damage(fault)
+            ended = code = self._run(fault)
+            if code != 0:
+                code = self._run(fault)  # the first run may say what is damaged, and mend it
         else:
-            self._strike(fault, stage)
+            stage, wrong = self.draw.choice(ORDER), ""
+            ended = self._strike(fault, stage)
             if fault.services:
                 self.made.up()
-        if (code := self._run(fault)) != 0 and fault.damage:
-            code = self._run(fault)  # the first run may say what is damaged, and mend it
+            code = self._run(fault)
         return Outcome(
             kind,
             stage,
+            ended,
             "" if code == 0 else f"the command ended with {code}",
             wrong or "; ".join(self._differences()),
             self._duplicates(),
@@ -77,8 +81,8 @@ class Campaign:
             round(time.monotonic() - started, 1),
         )
 
-    def set_back(self, stage: str) -> None:
-        """As if ``stage`` and all after it had never run; at random also without scores."""
+    def set_back(self, stage: str, *, scores: bool) -> None:
+        """As if ``stage`` and all after it had never run, with or without the scores."""
         folder = self.made.folder
         later = ORDER[ORDER.index(stage) :]
         yaml = YAML()
@@ -94,40 +98,49 @@ class Campaign:
         for version in client.search_model_versions(f"name='{MODEL}'"):
             if version.tags["iteration"] in gone:
                 client.delete_model_version(MODEL, version.version)
-        for path in (".dvc/cache/runs", ".tpaw/training", *([".tpaw/scores"] if self.draw.random() < 0.5 else [])):
+        again = not scores and "weights@2" in later
+        for path in (".dvc/cache/runs", ".tpaw/training", *([".tpaw/scores"] if again else [])):
             shutil.rmtree(folder / path, ignore_errors=True)
         (folder / ".tpaw" / "registered.json").unlink(missing_ok=True)
 
-    def _damage(self, fault: faults.Kind) -> str:
-        """Damage one file; gives what was not noticed."""
+    def _damage(self, fault: faults.Kind) -> tuple[str, str]:
+        """Set back to a stage after the one that made a file, and damage it; the stage, and what was not noticed."""
         assert fault.damage
-        found = sorted(self.made.folder.glob(fault.pattern))
-        if not found:
-            return ""
-        path = self.draw.choice(found)
-        fault.damage(path, self.draw)
+        path = self.draw.choice(sorted(self.made.folder.glob(fault.pattern)))
         name = path.relative_to(self.made.folder).as_posix()
+        output = name.rpartition("/")[0] if name.startswith("checkpoints") else name
+        makers = [ORDER.index(stage) for stage, outs in self.outputs.items() if output in outs]
+        stage = self.draw.choice(ORDER[max(makers, default=0) + 1 :])
+        self.set_back(stage, scores=True)
+        fault.damage(path, self.draw)
         if name == "dvc.lock":
-            return ""  # it names itself by what runs again
-        folder = name.rpartition("/")[0] if name.startswith("checkpoints") else name
+            return stage, ""  # it names itself by what runs again
         said = self.made.run("tpaw", "verify", check=False).stdout
-        return "" if folder in said else f"{name} was damaged, and nobody noticed"
+        return stage, "" if output in said else f"{name} was damaged, and nobody noticed"
 
-    def _strike(self, fault: faults.Kind, stage: str) -> None:
-        """Run the command, and break it within the stage."""
+    def _strike(self, fault: faults.Kind, stage: str) -> int:
+        """Run the command, and break it within the stage; what it ended with."""
+        for _ in range(TRIES):
+            self.set_back(stage, scores=self.draw.random() < 0.5)
+            struck, code = self._try(fault, stage)
+            if struck:
+                return code
+        raise RuntimeError(f"{stage} was over each time before it could be struck")
+
+    def _try(self, fault: faults.Kind, stage: str) -> tuple[bool, int]:
         log = self.made.log(fault.command)
         start = log.stat().st_size if log.exists() else 0
         with ExitStack() as held, self._running(fault) as process:
             while process.poll() is None and not _says(log, start, f"Running stage '{stage}'"):
                 time.sleep(0.02)
-            time.sleep(self.draw.uniform(0, self.seconds[stage]))
-            if fault.strike:
-                fault.strike(self.made)
+            time.sleep(self.draw.uniform(0, MOMENTS))
+            struck = process.poll() is None and (fault.strike is None or fault.strike(self.made))
             if fault.hold:
                 folder = self.made.folder
                 inside = folder / next(iter(self.outputs[stage])).partition("/")[0]
                 inside.mkdir(exist_ok=True)
                 held.enter_context(fault.hold(inside if fault.hold is faults.read_only else folder))
+        return struck, int(process.returncode)
 
     def _run(self, fault: faults.Kind) -> int:
         with self._running(fault) as process:

@@ -19,7 +19,7 @@ import psutil
 from chaos import processes
 from chaos.workspace import Workspace
 
-Strike = Callable[[Workspace], None]
+Strike = Callable[[Workspace], bool]  # whether there was something to strike
 Hold = Callable[[Path], AbstractContextManager[None]]  # the workspace's folder, or one in it
 Damage = Callable[[Path, random.Random], None]
 
@@ -44,7 +44,7 @@ class Kind(NamedTuple):
 
 def stage(number: int) -> Strike:
     """A signal to the process that runs the stage."""
-    return lambda made: _send(number, processes.jobs(made.server)[-1:])
+    return lambda made: _send(number, processes.jobs(made.server)[1:])
 
 
 def parent(number: int) -> Strike:
@@ -52,19 +52,18 @@ def parent(number: int) -> Strike:
     return lambda made: _send(number, processes.jobs(made.server)[:1])
 
 
-def server(made: Workspace) -> None:
+def server(made: Workspace) -> bool:
     """The preloaded process itself."""
-    _send(signal.SIGKILL, [made.server])
+    return _send(signal.SIGKILL, [made.server])
 
 
 def flow(number: int) -> Strike:
     """A signal to the flow run's process, which the worker has started."""
 
-    def strike(made: Workspace) -> None:
+    def strike(made: Workspace) -> bool:
         worker = made.service("worker")
-        _send(
-            number, [p for p in worker.children() if "prefect.flow_engine" in " ".join(p.cmdline())] if worker else []
-        )
+        runs = worker.children() if worker else []
+        return _send(number, [p for p in runs if "prefect.flow_engine" in " ".join(p.cmdline())])
 
     return strike
 
@@ -74,21 +73,30 @@ def service(name: str) -> Strike:
     return lambda made: _send(signal.SIGKILL, [p] if (p := made.service(name)) else [])
 
 
-def lost_connection(made: Workspace) -> None:
+def lost_connection(made: Workspace) -> bool:
     """All connections to MLflow are cut, and for a second none is accepted."""
     assert made.proxy
     made.proxy.drop()
+    return True
 
 
 def second(command: str) -> Strike:
     """The same command once more, beside the one that runs."""
-    return lambda made: made.again(command)
+
+    def strike(made: Workspace) -> bool:
+        made.again(command)
+        return True
+
+    return strike
 
 
-def _send(number: int, targets: list[psutil.Process]) -> None:
+def _send(number: int, targets: list[psutil.Process]) -> bool:
+    sent = False
     for process in targets:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(number)
+            sent = True
+    return sent
 
 
 @contextmanager

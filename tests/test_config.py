@@ -71,7 +71,7 @@ DEMO = str(ROOT / "recipes" / "demo.yaml")
         ("=3", "override '=3': write it as section.key=value"),
         ("seed.deep=3", "override 'seed.deep=3': 'deep' lies inside a value, not a section"),
         ("seed.very.deep=3", "override 'seed.very.deep=3': 'very' lies inside a value, not a section"),
-        ("objective.eta=[1", "override 'objective.eta=[1': not a YAML value"),
+        ("objective.eta=[1", "override 'objective.eta=[1': not valid YAML"),
         # YAML that is no JSON
         ("recipe=2026-05-09", "recipe"),
     ],

@@ -7,6 +7,8 @@ import math
 from contextlib import suppress
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,6 +28,13 @@ def bent(draw: st.DrawFn, target: str) -> bytes:
     return bytes(content)
 
 
+def without_columns() -> bytes:
+    """Two rows of no column: pyarrow's own batches end the process."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"prompt": ["a", "b"]}).select([]), sink)
+    return sink.getvalue().to_pybytes()
+
+
 @pytest.mark.parametrize(
     ("target", "content"),
     [
@@ -35,10 +44,23 @@ def bent(draw: st.DrawFn, target: str) -> bytes:
         ("manifest", json.dumps(targets.MANIFEST | {"files": ["config.json"]}).encode()),
         ("manifest", b"[" * 5000),
         ("parquet", b"PAR1" + bytes([255] * 20) + targets.seeds("parquet")[0][24:]),
+        ("parquet", without_columns()),
+        ("answers", targets.seeds("answers")[0].replace(b"0" * 16, b"0" * 11 + b"\xaa" + b"0" * 4)),
+        ("params", b"!<tag> seed: 1"),
+        ("params", b"? [seed]\n: 1"),
+        ("params", b"seed: &it [*it]"),
+        ("params", b"seed: " + b"[" * 100 + b"]" * 100),
+        ("params", b"a: &a []\n" + b"".join(b"%c: &%c [*%c, *%c]\n" % (c + 1, c + 1, c, c) for c in range(97, 117))),
+        ("params", b"seed: !!timestamp x"),
+        ("override", b"seed=[]:"),
+        ("override", b"iterations=['1', '2']"),
+        ("override", b"iterations.1=[1]"),
     ],
 )
 def test_what_was_found_once_is_refused(target: str, content: bytes, workspace_folder: Path) -> None:
-    with pytest.raises(TpawError, match=r"is damaged|not a readable"):
+    with pytest.raises(
+        TpawError, match=r"is damaged|not a readable|cannot be read|not valid YAML|nothing takes|aliases|valid dict|valid integer"
+    ):
         targets.TARGETS[target][0](content)
 
 

@@ -16,13 +16,16 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from tpaw_core import workspace
 from tpaw_core.errors import TpawError
 
 PARAMS_FILE = Path("params.yaml")
 RECIPES = Path("recipes")
+DEEPEST, MOST = (
+    20,
+    10_000,
+)  # keys that lead to a value, values: far more than params.yaml needs, or aliases within aliases
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -229,14 +232,22 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def read_yaml(path: Path) -> Any:
     """The tree in a YAML file, comments kept for writing it again."""
     try:
-        tree = _yaml().load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise TpawError(f"{path}: no such file; run from the project's folder, or `tpaw use demo` to make it") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise TpawError(f"{path}: not valid YAML: {error}") from None
+    tree = _parse(_yaml(), text, str(path))
     if not isinstance(tree, dict):
         raise TpawError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
     return tree
+
+
+def _parse(yaml: YAML, text: str, source: str) -> Any:
+    try:
+        return yaml.load(text)
+    except Exception as error:  # beside its own errors the parser lets through whatever a bent tag or number causes
+        raise TpawError(f"{source}: not valid YAML: {error or type(error).__name__}") from None
 
 
 def load(path: Path = PARAMS_FILE) -> Params:
@@ -266,9 +277,9 @@ def resolve(
     known = tree.get("iterations")
     if isinstance(known, dict):
         for number in range(1, max(len(known), iterations or 0) + 1):
-            own = known.get(str(number), {})
-            if isinstance(own, dict) and "previous" not in own:
-                known[str(number)] = {**known.get(str(number - 1), {}), **own, "previous": number - 1}
+            before, own = (known.get(str(n), {}) for n in (number - 1, number))
+            if isinstance(before, dict) and isinstance(own, dict) and "previous" not in own:
+                known[str(number)] = {**before, **own, "previous": number - 1}
     params = validate(tree, str(source))
     _write_out(tree, params.model_dump(mode="json", by_alias=True, exclude={"iterations"}))
     text = StringIO()
@@ -286,23 +297,26 @@ def switch(recipe: str | None, overrides: Iterable[str] = (), iterations: int | 
 
 
 def validate(tree: Mapping[str, Any], source: str) -> Params:
-    for key, value in _leaves(tree):
-        if value is not None and not isinstance(value, (bool, int, float, str)):
-            raise TpawError(
-                f"{source}: {key}: {value} is a {type(value).__name__}, which nothing takes; quote it as text"
-            )
+    for number, (keys, value) in enumerate(_values(tree)):
+        where = f"{source}: {'.'.join(str(key) for key in keys)}"
+        if len(keys) > DEEPEST or number > MOST:
+            raise TpawError(f"{where}: nests deeper or repeats more than any parameter does; look for its aliases")
+        for part in (*keys[-1:], value):
+            if not isinstance(part, (str, int, float, dict, list, type(None))):
+                kind = type(part).__name__
+                raise TpawError(f"{where}: {part} is a {kind}, which nothing takes; quote it as text")
     try:
         return Params.model_validate(json.loads(json.dumps(tree)))
     except ValidationError as error:
         raise TpawError("\n".join(_explain(item, source) for item in error.errors())) from None
 
 
-def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, (dict, list)):
-        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from _leaves(value, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, tree
+def _values(tree: Any, *keys: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every value in the tree, with the keys that lead to it; no further than one below the deepest allowed."""
+    yield keys, tree
+    if isinstance(tree, (dict, list)) and len(keys) <= DEEPEST:
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _values(value, *keys, key)
 
 
 def _yaml() -> YAML:
@@ -333,10 +347,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree = tree[parent]
     if not isinstance(tree, dict):
         raise TpawError(f"override {override!r}: {last!r} lies inside a value, not a section")
-    try:
-        tree[last] = YAML(typ="safe").load(text)
-    except YAMLError as error:
-        raise TpawError(f"override {override!r}: not a YAML value: {error}") from None
+    tree[last] = _parse(YAML(typ="safe"), text, f"override {override!r}")
 
 
 def _explain(item: Any, source: str) -> str:

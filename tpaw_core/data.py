@@ -315,7 +315,10 @@ def _parquet(path: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000):
+        file = pyarrow.parquet.ParquetFile(path)
+        if not file.schema_arrow.names:  # its batches would end the process
+            raise ValueError("it has no columns")
+        for batch in file.iter_batches(batch_size=1000):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         raise TpawError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None

@@ -557,7 +557,8 @@ def read_responses(path: str | Path, row_ids: list[str], sha256: str | None = No
         if ids.null_count or not pa.types.is_list(ids.type) or not pa.types.is_integer(ids.type.value_type):
             raise ValueError("rejected_ids is not a list of token ids in every row")
         found = Ragged.of(ids.values.to_numpy(), ids.offsets.to_numpy())
-    if (names := table["prompt_id"].to_pylist()) == row_ids:
+        names = table["prompt_id"].cast(pa.string()).to_pylist()
+    if names == row_ids:
         return found
     place = {name: number for number, name in enumerate(names)}
     missing = [name for name in row_ids if name not in place]
