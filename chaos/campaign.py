@@ -110,7 +110,9 @@ class Campaign:
         name = path.relative_to(self.made.folder).as_posix()
         output = name.rpartition("/")[0] if name.startswith("checkpoints") else name
         makers = [ORDER.index(stage) for stage, outs in self.outputs.items() if output in outs]
-        stage = self.draw.choice(ORDER[max(makers, default=0) + 1 :])
+        # A score that no stage reads again would stay damaged: named, and of no consequence.
+        end = ORDER.index("weights@1") + 1 if fault.pattern == faults.SCORES else len(ORDER)
+        stage = self.draw.choice(ORDER[max(makers, default=0) + 1 : end])
         self.set_back(stage, scores=True)
         fault.damage(path, self.draw)
         if name == "dvc.lock":
