@@ -59,7 +59,8 @@ def without_columns() -> bytes:
 )
 def test_what_was_found_once_is_refused(target: str, content: bytes, workspace_folder: Path) -> None:
     with pytest.raises(
-        TpawError, match=r"is damaged|not a readable|cannot be read|not valid YAML|nothing takes|aliases|valid dict|valid integer"
+        TpawError,
+        match=r"is damaged|not a readable|cannot be read|not valid YAML|nothing takes|aliases|valid dict|valid integer",
     ):
         targets.TARGETS[target][0](content)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -143,6 +144,13 @@ def test_a_healthy_workspace_has_nothing_that_disagrees(here: Workspace) -> None
     assert done.returncode == 1
     assert "metrics/0.json" in done.stdout
     assert "error: " in done.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"stages: {"])
+def test_what_a_full_disk_leaves_of_dvc_lock_may_be_deleted(here: Workspace, content: bytes) -> None:
+    with changed(Path("dvc.lock"), content):
+        (said,) = integrity.check(None).disagreements
+    assert re.fullmatch(r"dvc\.lock: cannot be read \(.*\); delete it, and `dvc repro` takes what has run .*", said)
 
 
 def test_a_version_of_another_parent_and_a_second_one_are_found(here: Workspace) -> None:

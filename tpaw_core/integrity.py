@@ -30,8 +30,8 @@ class Findings:
     disagreements: list[str] = field(default_factory=list)
 
     @contextmanager
-    def of(self, kind: str, path: Path) -> Iterator[None]:
-        """Look at one file; what is raised is what disagrees."""
+    def of(self, kind: str, path: Path, remedy: str = records.RESTORE) -> Iterator[None]:
+        """Look at one file; what is raised is what disagrees. ``remedy``: where a library cannot read it."""
         self.checked[kind] += 1
         try:
             yield
@@ -39,7 +39,7 @@ class Findings:
             self.disagreements.append(str(error))
         except Exception as error:  # whatever a broken file makes a library raise
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self.disagreements.append(f"{path}: cannot be read ({said}); {records.RESTORE}")
+            self.disagreements.append(f"{path}: cannot be read ({said}); {remedy}")
 
 
 def check(registry: Registry | None) -> Findings:
@@ -204,7 +204,8 @@ def _outputs(found: Findings) -> None:
     from dvc_data.hashfile.db import HashFileDB
 
     lock = Path("dvc.lock")
-    with found.of("outputs in dvc.lock", lock), Repo() as repo:
+    remedy = "delete it, and `dvc repro` takes what has run from its cache"
+    with found.of("outputs in dvc.lock", lock, remedy), Repo() as repo:
         for out in repo.index.outs:
             if not out.hash_info:
                 continue
