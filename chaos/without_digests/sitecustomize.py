@@ -1,4 +1,4 @@
-"""Loaded by every Python that `python -m chaos --without-digests` starts: checkpoints and scores are taken as they are."""
+"""Loaded by every Python of `python -m chaos --without-digests`: checkpoints and scores are taken as they are."""
 
 from pathlib import Path
 
