@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--jobs", type=int, default=2, help="workspaces side by side")
     parser.add_argument("--kind", action="append", choices=list(KINDS), help="only this kind; repeat it")
-    parser.add_argument("--without-digests", action="store_true", help="checkpoints and scores are taken as they are: must be found")
+    parser.add_argument("--without-digests", action="store_true", help="compare no checkpoint or score: must fail")
     parser.add_argument("--csv", type=Path, help="write every outcome there")
     arguments = parser.parse_args()
     if arguments.without_digests:
