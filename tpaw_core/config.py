@@ -22,10 +22,8 @@ from tpaw_core.errors import TpawError
 
 PARAMS_FILE = Path("params.yaml")
 RECIPES = Path("recipes")
-DEEPEST, MOST = (
-    20,
-    10_000,
-)  # keys that lead to a value, values: far more than params.yaml needs, or aliases within aliases
+DEEPEST = 20  # keys that lead to a value: far more than params.yaml needs, or an alias within itself
+MOST = 10_000  # values: far more than params.yaml needs, or aliases of aliases
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -247,7 +245,7 @@ def _parse(yaml: YAML, text: str, source: str) -> Any:
     try:
         return yaml.load(text)
     except Exception as error:  # beside its own errors the parser lets through whatever a bent tag or number causes
-        raise TpawError(f"{source}: not valid YAML: {error or type(error).__name__}") from None
+        raise TpawError(f"{source}: not valid YAML: {str(error) or type(error).__name__}") from None
 
 
 def load(path: Path = PARAMS_FILE) -> Params:
