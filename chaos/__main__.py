@@ -53,8 +53,9 @@ def main() -> int:
         table.to_csv(arguments.csv, index=False)
     for name in ("lost", "wrong"):
         table[name] = (table[name] != "").astype(int)
+    table["stopped"] = (table["ended"] != 0).astype(int)
     columns = ["lost", "wrong", "duplicates", "orphans"]
-    by_kind = table.groupby("kind").agg(faults=("kind", "size"), **{name: (name, "sum") for name in columns})
+    by_kind = table.groupby("kind").agg(faults=("kind", "size"), **{n: (n, "sum") for n in ("stopped", *columns)})
     print(by_kind.to_string())
     sums = by_kind[columns].sum()
     print(f"faults {len(table)} kinds {len(by_kind)} " + " ".join(f"{name} {sums[name]}" for name in columns))
