@@ -65,8 +65,7 @@ class Campaign:
             if code != 0:  # it may say what is damaged, and mend it
                 code = self._run(fault)
         else:
-            stage, wrong = self.draw.choice(ORDER), ""
-            ended = self._strike(fault, stage)
+            (stage, ended), wrong = self._strike(fault), ""
             if fault.services:
                 self.made.up()
             code = self._run(fault)
@@ -123,14 +122,15 @@ class Campaign:
         said = self.made.run("tpaw", "verify", check=False).stdout
         return stage, "" if output in said else f"{name} was damaged, and nobody noticed"
 
-    def _strike(self, fault: faults.Kind, stage: str) -> int:
-        """Run the command, and break it within the stage; what it ended with."""
+    def _strike(self, fault: faults.Kind) -> tuple[str, int]:
+        """Run the command, and break it within a stage; the stage, and what the command ended with."""
         for _ in range(TRIES):
+            stage = self.draw.choice(ORDER)
             self.set_back(stage, scores=self.draw.random() < 0.5)
             struck, code = self._try(fault, stage)
             if struck:
-                return code
-        raise RuntimeError(f"{stage} was over each time before it could be struck")
+                return stage, code
+        raise RuntimeError("each stage was over before it could be struck")
 
     def _try(self, fault: faults.Kind, stage: str) -> tuple[bool, int]:
         log = self.made.log(fault.command)

@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 
 SECONDS_AWAY = 1.0
+PATIENCE = 5.0  # seconds to wait for a connection that can be cut
 
 
 class Proxy:
@@ -21,12 +22,18 @@ class Proxy:
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def drop(self) -> None:
-        """Cut every connection, and accept none for a second."""
+    def drop(self) -> bool:
+        """Cut every connection as soon as there is one, and accept none for a second; False where none came."""
+        deadline = time.monotonic() + PATIENCE
+        while not self._pairs:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.005)
         self._back = time.monotonic() + SECONDS_AWAY
         for end in list(self._pairs):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+        return True
 
     def _accept(self) -> None:
         while True:
