@@ -79,6 +79,15 @@ def answers(content: bytes) -> None:
     stages.read_responses(workspace.synthetic(1), ["0" * 16])
 
 
+def weights(content: bytes) -> None:
+    """A Parquet file of weights."""
+    path = workspace.weights(1)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    found = stages.read_weights(path, 2)
+    assert found.beta.shape == found.players_chosen.shape == (len(found.prompt_ids), 2)
+
+
 @cache
 def _tokenizer() -> Any:
     return scratch.tokenizer(PAIRS, config.Scratch(vocab_size=300), 128)
@@ -120,6 +129,7 @@ TARGETS: dict[str, tuple[Callable[..., None], list[bytes]]] = {
     "team": (team, [json.dumps(TEAM).encode(), json.dumps(TEAM | {"members": [{"iteration": 0}]}).encode()]),
     "scores": (scores, []),
     "answers": (answers, []),
+    "weights": (weights, []),
     "text": (text, ["Größe «∑» 🦉 \u202eabc\x00<eos><pad>".encode(), "\ud800".encode(errors="surrogatepass")]),
 }
 
@@ -136,6 +146,10 @@ def seeds(target: str) -> list[bytes]:
     elif target == "answers":
         ids = pa.array([[1, 2]], pa.list_(pa.int32()))
         pq.write_table(pa.table({"prompt_id": ["0" * 16], "rejected_ids": ids}), sink)
+    elif target == "weights":
+        players = pa.array([[-1.0, -2.0]], pa.list_(pa.float64(), 2))
+        numbers = dict.fromkeys(("players_chosen", "players_rejected", "beta"), players)
+        pq.write_table(pa.table({"prompt_id": ["0" * 16], "opponent": ["1" * 64], **numbers}), sink)
     elif target == "scores":
         np.save(sink, np.zeros(2, score_store.ENTRY))
     return [*TARGETS[target][1], *([sink.getvalue().to_pybytes()] if sink.tell() else [])]

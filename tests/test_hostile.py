@@ -35,6 +35,14 @@ def without_columns() -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def lists_of_any_length() -> bytes:
+    """Weights where each row has as many as it likes."""
+    numbers = {name: [[-1.0, -2.0]] for name in ("players_chosen", "players_rejected", "beta")}
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"prompt_id": ["0" * 16], "opponent": ["1" * 64], **numbers}), sink)
+    return sink.getvalue().to_pybytes()
+
+
 @pytest.mark.parametrize(
     ("target", "content", "said"),
     [
@@ -50,6 +58,7 @@ def without_columns() -> bytes:
         ("parquet", b"PAR1" + bytes([255] * 20) + targets.seeds("parquet")[0][24:], "not a readable"),
         ("parquet", without_columns(), "not a readable"),
         ("answers", targets.seeds("answers")[0].replace(b"0" * 16, b"0" * 11 + b"\xaa" + b"0" * 4), "cannot be read"),
+        ("weights", lists_of_any_length(), "one number for each of 2 players"),
         ("params", b"!<tag> seed: 1", "nothing takes"),
         ("params", b"? [seed]\n: 1", "nothing takes"),
         ("params", b"seed: &it [*it]", "valid integer"),

@@ -131,33 +131,21 @@ def _teams(found: Findings) -> None:
 
 def _weights(found: Findings) -> None:
     import numpy as np
-    import pyarrow.parquet as pq
 
     for iteration in workspace.iterations("weights"):
         path = workspace.weights(iteration)
         with found.of("weights", path):
             remedy = f"run `dvc repro --force --single-item weights@{iteration}`"
             team = stages.read_team(iteration)
-            table = pq.read_table(path)
-            opponents = [member["digest"] for member in team["members"]]
+            weights = stages.read_weights(path, team["players"])
             _expect(
-                list(dict.fromkeys(table["opponent"].to_pylist())) == opponents,
+                weights.opponents == [member["digest"] for member in team["members"]],
                 f"{path}: is of another team than teams/{iteration}.json; {remedy}",
             )
-            for name in ("players_chosen", "players_rejected", "beta"):
-                column = table[name].combine_chunks()
-                values = column.flatten().to_numpy()
-                _expect(
-                    column.type.list_size == team["players"] and bool(np.isfinite(values).all()),
-                    f"{path}: {name} is not one finite number a player; {remedy}",
-                )
-                if name == "beta":
-                    sums = values.reshape(-1, team["players"]).sum(axis=1)
-                    _expect(
-                        bool(np.allclose(sums, 1, atol=1e-9)), f"{path}: weights of a row do not add up to 1; {remedy}"
-                    )
-                else:
-                    _expect(bool((values <= 0).all()), f"{path}: {name} holds a log-probability above 0; {remedy}")
+            sums = weights.beta.sum(axis=1)
+            _expect(bool(np.allclose(sums, 1, atol=1e-9)), f"{path}: weights of a row do not add up to 1; {remedy}")
+            logps = np.maximum(weights.players_chosen, weights.players_rejected)
+            _expect(bool((logps <= 0).all()), f"{path}: holds a log-probability above 0; {remedy}")
 
 
 def _records(found: Findings) -> None:

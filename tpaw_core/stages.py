@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from typing_extensions import TypedDict
 
@@ -23,6 +23,9 @@ from tpaw_core.errors import Diverged, TpawError
 from tpaw_core.ragged import Ragged
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from tpaw_core.config import Objective
     from tpaw_core.generation import Response
     from tpaw_core.registry import Registry
@@ -54,6 +57,16 @@ class TeamFile(TypedDict):
     policy: str
     players: int
     members: list[Member]
+
+
+class Weights(NamedTuple):
+    """What weights/<t>.parquet holds of n opponents' triplets with K players, opponent by opponent."""
+
+    prompt_ids: list[str]  # [n * rows]
+    opponents: list[str]  # [n] digests
+    players_chosen: NDArray[np.float64]  # [n * rows, K]  log pi_j(y|x)
+    players_rejected: NDArray[np.float64]  # [n * rows, K]  log pi_j(g|x)
+    beta: NDArray[np.float64]  # [n * rows, K]
 
 
 def prepare_data(params: Params) -> dict[str, int]:
@@ -438,27 +451,23 @@ def candidates(before: int, registry: Registry | None) -> list[Candidate]:
 
 def _groups(iteration: int, encoded: EncodedRows, objective: Objective) -> Groups:
     """The team's triplets with their weights, checked to belong together."""
-    import pyarrow.parquet as pq
-
     from tpaw_core.training import Groups
 
     team = read_team(iteration)
     members = team["members"]
     path = workspace.need(workspace.weights(iteration), f"make it with `tpaw weights --iteration {iteration}`")
-    with _readable(path):
-        table = pq.read_table(path, columns=["prompt_id", "players_chosen", "players_rejected", "beta"])
-    columns = [table[name].combine_chunks() for name in ("players_chosen", "players_rejected", "beta")]
-    if table["prompt_id"].to_pylist() != encoded.row_ids * len(members) or columns[0].type.list_size != team["players"]:
+    weights = read_weights(path, team["players"])
+    asked = encoded.row_ids * len(members), [member["digest"] for member in members]
+    if (weights.prompt_ids, weights.opponents) != asked:
         raise TpawError(f"{path}: does not belong to data/train.jsonl and teams/{iteration}.json; make it again")
     shape = len(members), len(encoded.row_ids), team["players"]  # opponents, rows, players
-    players_chosen, players_rejected, beta = (column.flatten().to_numpy().reshape(shape) for column in columns)
     return Groups(
         encoded.prompts,
         encoded.chosen,
         [read_responses(member["synthetic"], encoded.row_ids, member["synthetic_sha256"]) for member in members],
-        players_chosen[0],
-        players_rejected,
-        beta,
+        weights.players_chosen.reshape(shape)[0],
+        weights.players_rejected.reshape(shape),
+        weights.beta.reshape(shape),
         first=read_responses(workspace.synthetic(1), encoded.row_ids) if objective.name == "tspin" else None,
         drop_equal=objective.drop_equal,
     )
@@ -641,3 +650,24 @@ def _recorded(registry: Registry | None, iteration: int) -> Iterator[OnLog]:
 
     yield on_log
     flush()
+
+
+def read_weights(path: Path, players: int) -> Weights:
+    """The log-probabilities and weights of triplets; raises TpawError where they are not one finite number a player."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    values = []
+    with _readable(path):
+        table = pq.read_table(path, columns=["prompt_id", "opponent", "players_chosen", "players_rejected", "beta"])
+        for name in ("players_chosen", "players_rejected", "beta"):
+            column = table[name].combine_chunks()
+            sound = pa.types.is_fixed_size_list(column.type) and pa.types.is_float64(column.type.value_type)
+            if not sound or column.type.list_size != players or column.null_count or column.flatten().null_count:
+                raise ValueError(f"{name} is not one number for each of {players} players")
+            values.append(column.flatten().to_numpy().reshape(-1, players))
+            if not np.isfinite(values[-1]).all():
+                raise ValueError(f"{name} is not finite in every row")
+        prompt_ids, opponents = table["prompt_id"].to_pylist(), table["opponent"].unique().to_pylist()
+        return Weights(prompt_ids, opponents, *values)
