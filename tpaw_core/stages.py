@@ -63,7 +63,7 @@ class Weights(NamedTuple):
     """What weights/<t>.parquet holds of n opponents' triplets with K players, opponent by opponent."""
 
     prompt_ids: list[str]  # [n * rows]
-    opponents: list[str]  # [n] digests
+    opponents: list[str]  # [n * rows] digests
     players_chosen: NDArray[np.float64]  # [n * rows, K]  log pi_j(y|x)
     players_rejected: NDArray[np.float64]  # [n * rows, K]  log pi_j(g|x)
     beta: NDArray[np.float64]  # [n * rows, K]
@@ -457,8 +457,8 @@ def _groups(iteration: int, encoded: EncodedRows, objective: Objective) -> Group
     members = team["members"]
     path = workspace.need(workspace.weights(iteration), f"make it with `tpaw weights --iteration {iteration}`")
     weights = read_weights(path, team["players"])
-    asked = encoded.row_ids * len(members), [member["digest"] for member in members]
-    if (weights.prompt_ids, weights.opponents) != asked:
+    opponents = [member["digest"] for member in members for _ in encoded.row_ids]
+    if weights.prompt_ids != encoded.row_ids * len(members) or weights.opponents != opponents:
         raise TpawError(f"{path}: does not belong to data/train.jsonl and teams/{iteration}.json; make it again")
     shape = len(members), len(encoded.row_ids), team["players"]  # opponents, rows, players
     return Groups(
@@ -576,6 +576,26 @@ def read_responses(path: str | Path, row_ids: list[str], sha256: str | None = No
     return Ragged(found[place[name]] for name in row_ids)
 
 
+def read_weights(path: Path, players: int) -> Weights:
+    """The log-probabilities and weights of triplets; raises TpawError where they are not one finite number a player."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    values = []
+    with _readable(path):
+        table = pq.read_table(path, columns=["prompt_id", "opponent", "players_chosen", "players_rejected", "beta"])
+        for name in ("players_chosen", "players_rejected", "beta"):
+            column = table[name].combine_chunks()
+            sound = pa.types.is_fixed_size_list(column.type) and pa.types.is_float64(column.type.value_type)
+            if not sound or column.type.list_size != players or column.null_count or column.flatten().null_count:
+                raise ValueError(f"{name} is not one number for each of {players} players")
+            values.append(column.flatten().to_numpy().reshape(-1, players))
+            if not np.isfinite(values[-1]).all():
+                raise ValueError(f"{name} is not finite in every row")
+        return Weights(table["prompt_id"].to_pylist(), table["opponent"].to_pylist(), *values)
+
+
 def _publish(
     params: Params,
     iteration: int,
@@ -650,24 +670,3 @@ def _recorded(registry: Registry | None, iteration: int) -> Iterator[OnLog]:
 
     yield on_log
     flush()
-
-
-def read_weights(path: Path, players: int) -> Weights:
-    """The log-probabilities and weights of triplets; raises TpawError where they are not one finite number a player."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    values = []
-    with _readable(path):
-        table = pq.read_table(path, columns=["prompt_id", "opponent", "players_chosen", "players_rejected", "beta"])
-        for name in ("players_chosen", "players_rejected", "beta"):
-            column = table[name].combine_chunks()
-            sound = pa.types.is_fixed_size_list(column.type) and pa.types.is_float64(column.type.value_type)
-            if not sound or column.type.list_size != players or column.null_count or column.flatten().null_count:
-                raise ValueError(f"{name} is not one number for each of {players} players")
-            values.append(column.flatten().to_numpy().reshape(-1, players))
-            if not np.isfinite(values[-1]).all():
-                raise ValueError(f"{name} is not finite in every row")
-        prompt_ids, opponents = table["prompt_id"].to_pylist(), table["opponent"].unique().to_pylist()
-        return Weights(prompt_ids, opponents, *values)
