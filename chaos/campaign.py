@@ -65,7 +65,8 @@ class Campaign:
             if code != 0:  # it may say what is damaged, and mend it
                 code = self._run(fault)
         else:
-            (stage, ended), wrong = self._strike(fault), ""
+            stage, ended = self._strike(fault)
+            wrong = ""
             if fault.services:
                 self.made.up()
             code = self._run(fault)

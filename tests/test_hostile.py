@@ -28,19 +28,21 @@ def bent(draw: st.DrawFn, target: str) -> bytes:
     return bytes(content)
 
 
+def parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
 def without_columns() -> bytes:
     """Two rows of no column: pyarrow's own batches end the process."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"prompt": ["a", "b"]}).select([]), sink)
-    return sink.getvalue().to_pybytes()
+    return parquet(pa.table({"prompt": ["a", "b"]}).select([]))
 
 
-def lists_of_any_length() -> bytes:
-    """Weights where each row has as many as it likes."""
-    numbers = {name: [[-1.0, -2.0]] for name in ("players_chosen", "players_rejected", "beta")}
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"prompt_id": ["0" * 16], "opponent": ["1" * 64], **numbers}), sink)
-    return sink.getvalue().to_pybytes()
+def weights(kind: pa.DataType, row: list[float | None]) -> bytes:
+    """A row of weights whose numbers are of this type."""
+    numbers = dict.fromkeys(("players_chosen", "players_rejected", "beta"), pa.array([row], kind))
+    return parquet(pa.table({"prompt_id": ["0" * 16], "opponent": ["1" * 64], **numbers}))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,9 @@ def lists_of_any_length() -> bytes:
         ("parquet", b"PAR1" + bytes([255] * 20) + targets.seeds("parquet")[0][24:], "not a readable"),
         ("parquet", without_columns(), "not a readable"),
         ("answers", targets.seeds("answers")[0].replace(b"0" * 16, b"0" * 11 + b"\xaa" + b"0" * 4), "cannot be read"),
-        ("weights", lists_of_any_length(), "one number for each of 2 players"),
+        ("weights", weights(pa.list_(pa.float64()), [-1.0, -2.0]), "one number for each of 2 players"),
+        ("weights", weights(pa.list_(pa.float64(), 2), [-1.0, None]), "cannot be read"),
+        ("weights", weights(pa.list_(pa.float64(), 2), [-1.0, math.inf]), "not finite"),
         ("params", b"!<tag> seed: 1", "nothing takes"),
         ("params", b"? [seed]\n: 1", "nothing takes"),
         ("params", b"seed: &it [*it]", "valid integer"),

@@ -588,11 +588,12 @@ def read_weights(path: Path, players: int) -> Weights:
         for name in ("players_chosen", "players_rejected", "beta"):
             column = table[name].combine_chunks()
             sound = pa.types.is_fixed_size_list(column.type) and pa.types.is_float64(column.type.value_type)
-            if not sound or column.type.list_size != players or column.null_count or column.flatten().null_count:
+            if not sound or column.type.list_size != players or column.null_count:
                 raise ValueError(f"{name} is not one number for each of {players} players")
-            values.append(column.flatten().to_numpy().reshape(-1, players))
-            if not np.isfinite(values[-1]).all():
+            numbers = column.flatten().to_numpy()  # raises where one is null
+            if not np.isfinite(numbers).all():
                 raise ValueError(f"{name} is not finite in every row")
+            values.append(numbers.reshape(-1, players))
         return Weights(table["prompt_id"].to_pylist(), table["opponent"].to_pylist(), *values)
 
 
