@@ -18,6 +18,7 @@ LAPTOP = (
     "overhead",
 )
 GPU = (
+    "equality --shape wide",
     "training --shape qwen2.5-1.5b --dtype bf16 --peer pairs",
     "scoring --shape qwen2.5-1.5b --dtype bf16 --peer pairs",
     "flops --shape qwen2.5-1.5b --dtype bf16",

@@ -53,7 +53,8 @@ def model(shape: Shape, seed: int = 0) -> Any:
         eos_token_id=2,
         pad_token_id=0,
     )
-    return LlamaForCausalLM(config).to(DEVICE)
+    with torch.device(DEVICE):  # on an accelerator: a billion random weights take a processor a while
+        return LlamaForCausalLM(config)
 
 
 def groups(shape: Shape, team: int, seed: int = 0) -> list[tuple[list[int], list[list[int]]]]:

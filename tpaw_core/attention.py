@@ -100,9 +100,11 @@ def attend(
     at_prompt, at_response = [], []
     options: Any = {"scale": scaling, "dropout_p": dropout}
     # A processor's attention is several times slower backwards in bf16, so there it is float32 whatever the rest is.
+    # Elsewhere the values decide: under autocast the rotation of queries and keys has left these in float32.
+    dtype = value.dtype if value.is_cuda else torch.float32
     with torch.autocast(query.device.type, enabled=False):
         for x, context in ((query, False), (key, True), (value, True)):
-            x = (x if x.is_cuda else x.float())[0].transpose(0, 1)
+            x = x.to(dtype)[0].transpose(0, 1)
             if (groups := query.shape[1] // x.shape[1]) > 1:
                 x = x.repeat_interleave(groups, dim=1)
             prompt, response = _Arrange.apply(x, layout, index, context)

@@ -364,7 +364,7 @@ def _arguments(settings: Optimisation, seed: int, state: Path, rows: int) -> Tra
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.bf16,
         use_cpu=not torch.cuda.is_available(),
-        activation_checkpointing=settings.activation_checkpointing,
+        **({"activation_checkpointing": True} if settings.activation_checkpointing else {}),  # new in transformers 5.18
         seed=seed,
         data_seed=seed,
         save_strategy="steps",
