@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bench import plain, ratio
 from bench.rows import DEVICE, SHAPES, groups, model
-from tpaw_core import attention, packing
-from tpaw_core.logps import response_logps
+from tpaw_core.engine import attention, packing
+from tpaw_core.engine.logps import response_logps
 
 TEAM, PROMPTS = 3, 4
 

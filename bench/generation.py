@@ -39,7 +39,7 @@ def prompts(shape: Shape, count: int) -> list[list[int]]:
 
 
 def ours(arguments: argparse.Namespace) -> dict[str, float]:
-    from tpaw_core import generation
+    from tpaw_core.engine.generation import in_process
 
     shape = SHAPES[arguments.shape]
     settings: Any = SimpleNamespace(
@@ -48,9 +48,9 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     limits: Any = {"max_length": 10 * (shape.prompt + shape.response), "eos_id": EOS, "pad_id": PAD, "seed": 1}
     policy, asked = ending(shape), prompts(shape, arguments.prompts)
     with torch.autocast(DEVICE, torch.bfloat16, enabled=arguments.dtype == "bf16"):
-        generation.generate(policy, asked[:4], settings, **limits)
+        in_process.generate(policy, asked[:4], settings, **limits)
         started = time.perf_counter()
-        responses = generation.generate(policy, asked, settings, **limits)
+        responses = in_process.generate(policy, asked, settings, **limits)
     return _figures(sum(len(response.ids) for response in responses), started)
 
 

@@ -31,11 +31,18 @@ M_MMAP_THRESHOLD = -3  # of <malloc.h>
 def rows(arguments: argparse.Namespace) -> dict[str, float]:
     import pyarrow.parquet as pq
 
-    from tpaw_core import checkpoint, config, data, scoring, scratch, stages, template, training, workspace  # noqa: F401
-    from tpaw_core.generation import Response
-    from tpaw_core.registry import Registry  # noqa: F401
+    from tpaw_core.artifacts import checkpoint
+    from tpaw_core.artifacts.synthetic import write_synthetic
+    from tpaw_core.artifacts.team import Member
+    from tpaw_core.config import params_file
+    from tpaw_core.data import prepare
+    from tpaw_core.data.endings import Response
+    from tpaw_core.engine import scoring, scratch
+    from tpaw_core.stages import context
+    from tpaw_core.stages.weights import weights
+    from tpaw_core.workspace import files
 
-    params = config.load(Path("recipes/demo.yaml"))
+    params = params_file.load(Path("recipes/demo.yaml"))
     params = params.model_copy(
         update={"data": params.data.model_copy(update={"max_train_rows": arguments.rows, "max_heldout_rows": 100})}
     )
@@ -63,11 +70,11 @@ def rows(arguments: argparse.Namespace) -> dict[str, float]:
         before = ratio.peak_memory()
 
         started = time.perf_counter()
-        data.prepare(params.data, params.seed)
+        prepare.prepare(params.data, params.seed)
         seconds["data"] = time.perf_counter() - started
 
         started = time.perf_counter()
-        encoded = stages._encoded(params, tokenizer)
+        encoded = context.encoded(params, tokenizer)
         seconds["encode"] = time.perf_counter() - started
 
         draw = random.Random(0)
@@ -79,16 +86,16 @@ def rows(arguments: argparse.Namespace) -> dict[str, float]:
             answers = [
                 Response([draw.randrange(3, 300) for _ in range(draw.randint(10, 30))], "stop") for _ in encoded.prompts
             ]
-            stages._write_synthetic(path, number + 1, "0" * 64, stages._playing(params), encoded, answers, tokenizer)
+            write_synthetic(path, number + 1, "0" * 64, context.playing(params), encoded, answers, tokenizer)
             digest = checkpoint.manifest(workspace.checkpoint(number))["digest"]
             members.append(
-                stages.Member(
+                Member(
                     iteration=number,
                     version=1,
                     digest=digest,
                     checkpoint=workspace.checkpoint(number).as_posix(),
                     synthetic=path.as_posix(),
-                    synthetic_sha256=workspace.sha256(path),
+                    synthetic_sha256=files.sha256(path),
                 )
             )
         seconds["synthetic"] = (time.perf_counter() - started) / MEMBERS
@@ -99,10 +106,10 @@ def rows(arguments: argparse.Namespace) -> dict[str, float]:
             workspace.team(t).write_text(json.dumps(team))
 
         started = time.perf_counter()
-        stages.weigh(params, 3, None)
+        weights(params, 3, None)
         seconds["weights"] = time.perf_counter() - started
         started = time.perf_counter()
-        stages.weigh(params, 3, None)
+        weights(params, 3, None)
         seconds["weights, all known"] = time.perf_counter() - started
         assert pq.read_metadata(workspace.weights(3)).num_rows == MEMBERS * arguments.rows
         os.chdir(here)

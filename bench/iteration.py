@@ -39,14 +39,16 @@ class Start(NamedTuple):
 def start(arguments: argparse.Namespace) -> Start:
     import pyarrow.parquet as pq
 
-    from tpaw_core import checkpoint, data, template
+    from tpaw_core.artifacts import checkpoint
+    from tpaw_core.data import encoding
+    from tpaw_core.data.rows import read_rows
 
     folder = Path(arguments.workspace)
     if not (folder / "checkpoints" / "2").exists():
         raise SystemExit(f"{folder}: no finished demo here; run `make demo` first, or give --workspace")
     tokenizer = checkpoint.load_tokenizer(folder / "checkpoints" / "2")
-    rows = islice(data.read(folder / "data" / "train.jsonl"), arguments.prompts)
-    encoded = template.encode(rows, tokenizer, max_length=160, max_skipped=0, name="rows")
+    rows = islice(read_rows(folder / "data" / "train.jsonl"), arguments.prompts)
+    encoded = encoding.encode(rows, tokenizer, max_length=160, max_skipped=0, name="rows")
     older = []
     for opponent in (1, 0):
         table = pq.read_table(folder / "synthetic" / f"{opponent + 1}.parquet").to_pydict()
@@ -57,10 +59,13 @@ def start(arguments: argparse.Namespace) -> Start:
 
 
 def ours(arguments: argparse.Namespace) -> dict[str, float]:
-    from tpaw_core import generation, scoring, training
-    from tpaw_core.ragged import Ragged
-    from tpaw_core.score_store import ScoreStore, keys
-    from tpaw_core.weights import player_weights
+    from tpaw_core.artifacts.score_store import ScoreStore, keys
+    from tpaw_core.data.tokens import TokenRows
+    from tpaw_core.engine import scoring
+    from tpaw_core.engine.generation import in_process
+    from tpaw_core.engine.training import loop
+    from tpaw_core.engine.training.batches import Groups
+    from tpaw_core.method.player_weights import player_weights
 
     tokenizer, prompts, targets, older, players = start(arguments)
     bf16, pad_id = arguments.dtype == "bf16", tokenizer.pad_token_id
@@ -81,7 +86,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
         team = stores()
         started = time.perf_counter()
         limits: Any = {"max_length": 160, "eos_id": tokenizer.eos_token_id, "pad_id": pad_id, "seed": 1}
-        answers = [response.ids for response in generation.generate(players[0], prompts, sampling, **limits)]
+        answers = [response.ids for response in in_process.generate(players[0], prompts, sampling, **limits)]
         pairs = known[: len(prompts)] + list(zip(prompts, answers, strict=True)) + known[len(prompts) :]
         named = keys(pairs)
         table, new = [], 0
@@ -97,12 +102,12 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
         chosen, rejected = np.tile(scores[: len(prompts)], (3, 1)), scores[len(prompts) :]
         beta = player_weights(chosen, rejected, gamma=GAMMA, scale=LAMBDA)
         cube = (3, len(prompts), 3)
-        training.self_play(
+        loop.self_play(
             players[0],
-            training.Groups(
-                Ragged(prompts),
-                Ragged(targets),
-                [Ragged(answers), *map(Ragged, older)],
+            Groups(
+                TokenRows(prompts),
+                TokenRows(targets),
+                [TokenRows(answers), *map(TokenRows, older)],
                 scores[: len(prompts)],
                 rejected.reshape(cube),
                 beta.reshape(cube),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.rows import DEVICE, Shape, groups, model
-from tpaw_core.objective import tpaw_loss
+from tpaw_core.method.objectives.tpaw import tpaw_loss
 
 
 def logps(policy: Any, rows: list[tuple[list[int], list[int]]]) -> Tensor:

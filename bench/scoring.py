@@ -14,7 +14,7 @@ from bench.rows import DEVICE, SHAPES, groups, model
 
 
 def ours(arguments: argparse.Namespace) -> dict[str, float]:
-    from tpaw_core import scoring
+    from tpaw_core.engine import scoring
 
     shape = SHAPES[arguments.shape]
     pairs = [(prompt, ids) for prompt, responses in groups(shape, arguments.team) for ids in responses]

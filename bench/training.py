@@ -20,12 +20,13 @@ LAMBDA, ETA = 0.1, 6.0
 
 
 def ours(arguments: argparse.Namespace) -> dict[str, float]:
-    from tpaw_core import training
+    from tpaw_core.engine.training import loop
+    from tpaw_core.engine.training.batches import Group
 
     shape = SHAPES[arguments.shape]
     k = arguments.team
     rows = [
-        training.Group(prompt, chosen, rejected, [-50.0] * k, [[-60.0] * k] * k, [[1 / k] * k] * k)
+        Group(prompt, chosen, rejected, [-50.0] * k, [[-60.0] * k] * k, [[1 / k] * k] * k)
         for prompt, (chosen, *rejected) in groups(shape, k)
     ]
     settings: Any = SimpleNamespace(  # config.Optimisation's fields, where its packages are missing
@@ -46,7 +47,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     )
     times: list[float] = []
     with tempfile.TemporaryDirectory() as state:
-        training.self_play(
+        loop.self_play(
             model(shape),
             rows,
             SimpleNamespace(name="tpaw", lambda_=LAMBDA, eta=ETA, per_token=False),  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from ruamel.yaml import YAML
 
 from chaos import faults, processes
 from chaos.workspace import COMMANDS, Workspace
-from tpaw_core.registry import MODEL
+from tpaw_core.tracking.registry import MODEL
 
 PATIENCE = 300  # seconds that a command may take before it counts as hung
 MOMENTS = 2.0  # a fault strikes within so many seconds after its stage has begun

@@ -13,7 +13,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tpaw_core import checkpoint, config, corpus, data, score_store, scratch, stages, template, workspace
+from tpaw_core.artifacts import checkpoint, score_store
+from tpaw_core.artifacts.synthetic import read_responses
+from tpaw_core.artifacts.team import read_team
+from tpaw_core.artifacts.weights import read_weights
+from tpaw_core.config import params_file
+from tpaw_core.config.params import Data, Scratch
+from tpaw_core.data import arithmetic, encoding, prepare
+from tpaw_core.data.rows import read_rows
+from tpaw_core.engine import scratch
+from tpaw_core.workspace import files
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,21 +33,21 @@ def rows(content: bytes, kind: str) -> None:
     path.write_bytes(content)
     heldout = Path("heldout.jsonl")
     heldout.write_text('{"prompt": "held out", "completion": "yes"}\n')
-    counts = data.prepare(config.Data(path=str(path), heldout_path=str(heldout), max_skipped=0.5), seed=0)
-    assert counts["train"] == sum(1 for _ in data.read(workspace.TRAIN_ROWS))
+    counts = prepare.prepare(Data(path=str(path), heldout_path=str(heldout), max_skipped=0.5), seed=0)
+    assert counts["train"] == sum(1 for _ in read_rows(workspace.train_rows))
 
 
 def params(content: bytes) -> None:
     """params.yaml."""
     Path("params.yaml").write_bytes(content)
-    found = config.load()
-    assert found.digest() == config.load().digest()
+    found = params_file.load()
+    assert found.digest() == params_file.load().digest()
 
 
 def override(content: bytes) -> None:
     """`tpaw use demo SECTION.KEY=VALUE`."""
     text = content.decode(errors="ignore")
-    config.resolve(str(ROOT / "recipes" / "demo.yaml"), [text])
+    params_file.resolve(str(ROOT / "recipes" / "demo.yaml"), [text])
 
 
 def manifest(content: bytes) -> None:
@@ -47,7 +56,7 @@ def manifest(content: bytes) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         found = json.loads(content)
-        content = json.dumps({**found, "digest": config.digest(found["files"])}).encode()
+        content = json.dumps({**found, "digest": files.digest(found["files"])}).encode()
     (folder / checkpoint.MANIFEST).write_bytes(content)
     found = checkpoint.verify(folder)
     assert all((folder / name).is_file() for name in found["files"])
@@ -57,7 +66,7 @@ def team(content: bytes) -> None:
     """teams/1.json."""
     workspace.team(1).parent.mkdir(exist_ok=True)
     workspace.team(1).write_bytes(content)
-    for member in stages.read_team(1)["members"]:
+    for member in read_team(1)["members"]:
         for name in ("checkpoint", "synthetic"):
             assert Path(member[name]).resolve().is_relative_to(Path.cwd())
 
@@ -76,7 +85,7 @@ def answers(content: bytes) -> None:
     """A Parquet file of synthetic data."""
     workspace.synthetic(1).parent.mkdir(exist_ok=True)
     workspace.synthetic(1).write_bytes(content)
-    stages.read_responses(workspace.synthetic(1), ["0" * 16])
+    read_responses(workspace.synthetic(1), ["0" * 16])
 
 
 def weights(content: bytes) -> None:
@@ -84,13 +93,13 @@ def weights(content: bytes) -> None:
     path = workspace.weights(1)
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
-    found = stages.read_weights(path, 2)
+    found = read_weights(path, 2)
     assert found.beta.shape == found.players_chosen.shape == (len(found.prompt_ids), 2)
 
 
 @cache
 def _tokenizer() -> Any:
-    return scratch.tokenizer(PAIRS, config.Scratch(vocab_size=300), 128)
+    return scratch.tokenizer(PAIRS, Scratch(vocab_size=300), 128)
 
 
 def text(content: bytes) -> None:
@@ -100,16 +109,16 @@ def text(content: bytes) -> None:
     item = {"prompt": said, "completion": said}
     Path("text.jsonl").write_text(json.dumps(item) + "\n")
     Path("heldout.jsonl").write_text('{"prompt": "held out", "completion": "yes"}\n')
-    data.prepare(config.Data(path="text.jsonl", heldout_path="heldout.jsonl", max_skipped=0.0), seed=0)
-    (row,) = data.read(workspace.TRAIN_ROWS)
-    found = template.encode([row], tokenizer, max_length=100_000, max_skipped=0.0, name="text")
+    prepare.prepare(Data(path="text.jsonl", heldout_path="heldout.jsonl", max_skipped=0.0), seed=0)
+    (row,) = read_rows(workspace.train_rows)
+    found = encoding.encode([row], tokenizer, max_length=100_000, max_skipped=0.0, name="text")
     *ids, eos = found.chosen[0]
     assert eos == tokenizer.eos_token_id
     assert tokenizer.decode(ids) == row.completion
     assert not {*ids, *found.prompts[0]} & set(tokenizer.all_special_ids)
 
 
-PAIRS = [json.dumps({"prompt": p, "completion": a}) for p, a in corpus.problems(3, seed=1)]
+PAIRS = [json.dumps({"prompt": p, "completion": a}) for p, a in arithmetic.problems(3, seed=1)]
 MANIFEST: dict[str, Any] = {
     "iteration": 1, "digest": "", "parent": None, "team": ["0"], "made_from": {"data/train.jsonl": "0"},
     "params": {"seed": 1}, "versions": {"torch": "2"},

@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 
 from chaos.proxy import Proxy
 from mlflow import MlflowClient
-from tpaw_core import preload
+from tpaw_core.processes import fork_server
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -96,20 +96,20 @@ class Workspace:
         self.server = psutil.Popen(command, stdin=subprocess.PIPE, env=self.environment)
         while not Path(address).exists() and self.server.poll() is None:
             time.sleep(0.05)
-        self.environment[preload.ADDRESS] = address
+        self.environment[fork_server.ADDRESS] = address
 
     def close(self) -> None:
         """End what was started for this workspace."""
         if self.server is not None:
             self.server.communicate()
-            shutil.rmtree(Path(self.environment.pop(preload.ADDRESS)).parent)
+            shutil.rmtree(Path(self.environment.pop(fork_server.ADDRESS)).parent)
             self.server = None
         self.run("tpaw", "down", check=False)
         shutil.rmtree(self.messages.parent)
 
     def up(self) -> None:
         """Start what is not running of Prefect, MLflow and the worker; a connection to MLflow that can be lost."""
-        alone = {name: value for name, value in self.environment.items() if name != preload.ADDRESS}
+        alone = {name: value for name, value in self.environment.items() if name != fork_server.ADDRESS}
         done = subprocess.run([BIN / "tpaw", "up"], cwd=self.folder, env=alone, capture_output=True, text=True)
         assert done.returncode == 0, f"tpaw up\n{done.stdout}\n{done.stderr}"
         if self.proxy is None:

@@ -11,7 +11,8 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 
 from flows import dvc
-from tpaw_core import plan
+from tpaw_core.study import plan
+from tpaw_core.workspace.paths import Workspace
 
 
 @task
@@ -21,7 +22,7 @@ def run_study(arguments: list[str]) -> None:
 
 @task
 def show_report(folder: Path) -> None:
-    """The report as a Markdown artifact, and where the page with the plots lies."""
+    """The report as a Markdown artifact, with a link to the page that has the plots."""
     text, _, _ = (folder / "report.md").read_text(encoding="utf-8").partition("## Plots")
     page = (folder / "report.html").resolve()
     create_markdown_artifact(f"{text}\n\nWith plots: {page.as_uri()}, and in MLflow's experiment `tpaw-compare`.",
@@ -43,17 +44,17 @@ def compare(
     """Compare self-play methods on a recipe.
 
     Args:
-        recipe: a recipe's name; left out, the active params.yaml.
-        methods: names that `tpaw compare` knows, or "mine:objective.eta=2"; left out: tpaw, spin and sft.
+        recipe: a recipe's name; by default the active params.yaml.
+        methods: names that `tpaw compare` knows, or "mine:objective.eta=2"; by default tpaw, spin and sft.
         seeds: "1-5" or "1,2,7".
         rates: learning rates that every method tries, "1e-4,3e-4".
-        iterations: how far to go.
-        tuning_seeds: so many of the seeds choose the rate.
-        validation_rows: so many held-out rows choose the rate, and are not reported.
+        iterations: how many.
+        tuning_seeds: how many of the seeds choose the rate.
+        validation_rows: how many held-out rows choose the rate; they are not reported.
         overrides: "section.key=value" entries for all methods.
-        folder: where the study lies; left out, studies/RECIPE.
+        folder: the study's; by default studies/RECIPE.
     """
-    home = plan.home(recipe, Path(folder) if folder else None)
+    home = plan.home(Workspace(), recipe, Path(folder) if folder else None)
     options = {
         "--seeds": seeds,
         "--rates": rates,

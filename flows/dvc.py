@@ -1,4 +1,4 @@
-"""Running one stage through DVC: as a process group that ends with the flow, its lines in the flow run's log."""
+"""Running one stage through DVC, as a process group that ends with the flow; its output goes to the flow run's log."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from pathlib import Path
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from tpaw_core import preload, workspace
+from tpaw_core.processes import fork_server
+from tpaw_core.workspace.paths import Workspace
 
 HINTS = ("To track the changes", "To enable auto staging", "Use `dvc push`", "\tgit add", "\tdvc config")
 LOCK = Path("dvc.lock")
+WORKSPACE = Workspace()  # a flow run starts in its folder
 UNREADABLE = re.compile(r"dvc\.lock' (is invalid|validation failed)|unable to read: '[^']*dvc\.lock'")
-TEMPORARY = {75, 137, 143}  # exit statuses where trying again can help: a service did not answer, a signal came
+TEMPORARY = {75, 137, 143}  # exit statuses where a retry can help: a service did not answer, or a signal came
 
 
 class StageFailed(RuntimeError):
-    """A stage ended with a message of its own; ``temporary`` where trying again can help."""
+    """A stage ended with a message of its own; ``temporary`` where a retry can help."""
 
     def __init__(self, message: str, *, temporary: bool) -> None:
         super().__init__(message)
@@ -37,13 +39,14 @@ class LockDamaged(StageFailed):
     """DVC cannot read dvc.lock."""
 
 
-def repro(stage: str, iteration: int = 0) -> bool:
+def repro(stage: str, iteration: int = 0, *, force: bool = False) -> bool:
     """Bring one stage up to date; True where it had to run, False where there was nothing to do.
 
-    A pruned checkpoint is not made again for a stage that has nothing else to do.
+    ``force``: run it in any case. A pruned checkpoint is not made again for a stage that has nothing else to do.
     """
-    pruned = any(workspace.pruned(t).exists() for t in (iteration - 1, iteration))
-    lines = _dvc("repro", "--single-item", *(["--allow-missing"] if pruned else []), stage)
+    pruned = any(WORKSPACE.pruned(t).exists() for t in (iteration - 1, iteration))
+    options = [*(["--allow-missing"] if pruned else []), *(["--force"] if force else [])]
+    lines = _dvc("repro", "--single-item", *options, stage)
     return any(line.startswith("Running stage") for line in lines)
 
 
@@ -58,7 +61,7 @@ def _dvc(*arguments: str) -> list[str]:
         return run("dvc", *arguments)
     except LockDamaged:
         aside = LOCK.rename(f"{LOCK}.damaged")
-        get_run_logger().warning("%s: is damaged; set aside as %s, and every stage is looked at again", LOCK, aside)
+        get_run_logger().warning("%s: is damaged; moved to %s, and every stage is checked again", LOCK, aside)
         return run("dvc", *arguments)
 
 
@@ -71,11 +74,11 @@ def preloaded() -> Iterator[None]:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
         while not Path(address).exists() and process.poll() is None:
             time.sleep(0.05)
-        os.environ[preload.ADDRESS] = address
+        os.environ[fork_server.ADDRESS] = address
         try:
             yield
         finally:
-            del os.environ[preload.ADDRESS]
+            del os.environ[fork_server.ADDRESS]
             process.communicate()
 
 
@@ -93,7 +96,7 @@ def run(program: str, *arguments: str) -> list[str]:
         "TPAW_OWNER": str(os.getpid()),
         "TPAW_SESSION": str(flow_run.id or ""),
     }
-    command = [sys.executable, "-m", "tpaw_core.preload", program, *arguments]
+    command = [sys.executable, "-m", "tpaw_core.processes.fork_server", program, *arguments]
     process = subprocess.Popen(
         command,
         env=environment,

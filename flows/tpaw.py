@@ -1,6 +1,6 @@
 """The flow `tpaw`: SFT, then iterations of generate, team, weights, train, evaluate. Deployment: `tpaw/iterate`.
 
-A task runs one stage through DVC, so what is up to date is skipped and a failed flow goes on where it broke.
+A task runs one stage through DVC, so what is up to date is skipped and a failed flow resumes where it broke.
 Knows the order of the stages; must not know what they do.
 """
 
@@ -18,8 +18,12 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from flows import dvc
-from tpaw_core import config, report, workspace
-from tpaw_core.config import Params
+from tpaw_core import console
+from tpaw_core.artifacts.metrics import evaluated
+from tpaw_core.config import params_file
+from tpaw_core.config.params import Params
+from tpaw_core.report import table
+from tpaw_core.workspace.paths import Workspace
 
 
 def can_help(task: Any, run: Any, state: Any) -> bool:
@@ -29,52 +33,53 @@ def can_help(task: Any, run: Any, state: Any) -> bool:
 
 
 RETRY: dict[str, Any] = {"retries": 2, "retry_delay_seconds": [5, 30], "retry_condition_fn": can_help}
+WORKSPACE = Workspace()  # a flow run starts in its folder
 
 
 @task
 def configure(recipe: str | None, overrides: list[str], iterations: int | None) -> Params:
     """params.yaml says what runs: switch the recipe, apply the overrides, add iterations where there are too few."""
-    return config.switch(recipe, overrides, iterations)
+    return params_file.switch(WORKSPACE, recipe, overrides, iterations)
 
 
 @task(**RETRY)
-def prepare_data() -> None:
+def data() -> None:
     dvc.run("tpaw", "data")
-    dvc.add(workspace.DATA)
+    dvc.add(WORKSPACE.data)
 
 
 @task(**RETRY)
-def fine_tune() -> bool:
-    return dvc.repro("sft")
+def sft(force: bool = False) -> bool:
+    return dvc.repro("sft", force=force)
 
 
 @task(**RETRY, task_run_name="generate-{iteration}")
-def generate(iteration: int) -> bool:
-    return dvc.repro(f"generate@{iteration}", iteration)
+def generate(iteration: int, force: bool = False) -> bool:
+    return dvc.repro(f"generate@{iteration}", iteration, force=force)
 
 
-@task(**RETRY, task_run_name="assemble-team-{iteration}")
-def assemble_team(iteration: int) -> bool:
+@task(**RETRY, task_run_name="team-{iteration}")
+def team(iteration: int) -> bool:
     return dvc.repro(f"team@{iteration}", iteration)
 
 
-@task(**RETRY, task_run_name="compute-adaptive-weights-{iteration}")
-def compute_adaptive_weights(iteration: int) -> bool:
-    return dvc.repro(f"weights@{iteration}", iteration)
+@task(**RETRY, task_run_name="weights-{iteration}")
+def weights(iteration: int, force: bool = False) -> bool:
+    return dvc.repro(f"weights@{iteration}", iteration, force=force)
 
 
 @task(**RETRY, task_run_name="train-{iteration}")
-def train(iteration: int) -> bool:
-    return dvc.repro(f"train@{iteration}", iteration)
+def train(iteration: int, force: bool = False) -> bool:
+    return dvc.repro(f"train@{iteration}", iteration, force=force)
 
 
 @task(**RETRY, task_run_name="evaluate-{iteration}")
-def evaluate(iteration: int) -> bool:
-    return dvc.repro(f"evaluate@{iteration}" if iteration else "evaluate-sft", iteration)
+def evaluate(iteration: int, force: bool = False) -> bool:
+    return dvc.repro(f"evaluate@{iteration}" if iteration else "evaluate-sft", iteration, force=force)
 
 
 @task(**RETRY)
-def write_report() -> bool:
+def report() -> bool:
     return dvc.repro("report")
 
 
@@ -86,19 +91,21 @@ def prune() -> None:
 @task
 def show_results(params: Params, seconds: dict[str, float]) -> None:
     """The result so far as a Markdown artifact, each checkpoint with a link to its MLflow run."""
-    from tpaw_core import checkpoint
-    from tpaw_core.registry import EXPERIMENT, Registry, tracking_uri
+    from tpaw_core.artifacts import checkpoint
+    from tpaw_core.tracking.client import tracking_uri
+    from tpaw_core.tracking.registry import MODEL, Registry
+    from tpaw_core.tracking.runs import EXPERIMENT
 
-    registry = Registry(params)
-    lines = [report.table(), "", "| checkpoint | MLflow run |", "|---|---|"]
-    for iteration in report.evaluated():
-        run = registry.run_of(checkpoint.manifest(workspace.checkpoint(iteration))["digest"])
-        link = f"[{run}]({tracking_uri()}/#/experiments/{registry.experiment}/runs/{run})"
-        lines.append(f"| {iteration} | {link if run and tracking_uri().startswith('http') else run or 'pruned'} |")
-    lines += ["", f"Registered model `tpaw-policy`, experiment `{EXPERIMENT}`.", "", "| stage | seconds |", "|---|---|"]
+    registry, uri = Registry(WORKSPACE, params), tracking_uri(WORKSPACE)
+    lines = [table.table(WORKSPACE), "", "| checkpoint | MLflow run |", "|---|---|"]
+    for iteration in evaluated(WORKSPACE):
+        run = registry.run_of(checkpoint.manifest(WORKSPACE, iteration).digest)
+        link = f"[{run}]({uri}/#/experiments/{registry.runs.experiment}/runs/{run})"
+        lines.append(f"| {iteration} | {link if run and uri.startswith('http') else run or 'pruned'} |")
+    lines += ["", f"Registered model `{MODEL}`, experiment `{EXPERIMENT}`.", "", "| stage | seconds |", "|---|---|"]
     lines += [f"| {stage} | {value:.1f} |" for stage, value in seconds.items()]
-    create_markdown_artifact("\n".join(lines), key="tpaw-result", description="One row a checkpoint")
-    get_run_logger().info("\n%s", report.table())
+    create_markdown_artifact("\n".join(lines), key="tpaw-result", description="One row per checkpoint")
+    get_run_logger().info("\n%s", table.table(WORKSPACE))
 
 
 @flow(name="tpaw", log_prints=True)
@@ -107,21 +114,33 @@ def tpaw(
     recipe: str | None = None,
     overrides: list[str] | None = None,
     prune_after: bool = False,
+    rerun_other_code: bool = False,
 ) -> None:
     """Improve a model from its own fine-tuning rows.
 
     Args:
-        iterations: how far to go; left out, all that params.yaml lists.
-        recipe: switch params.yaml to this recipe first; left out, params.yaml stays.
+        iterations: how many; by default all that params.yaml lists.
+        recipe: switch params.yaml to this recipe first; by default params.yaml stays.
         overrides: "section.key=value" entries, written to params.yaml.
-        prune_after: after each iteration remove what no team, alias or lineage needs any more (`tpaw prune`).
+        prune_after: after each iteration delete what no team, alias or lineage needs any more (`tpaw prune`).
+        rerun_other_code: make those checkpoints again that other code made (`tpaw lineage` shows which).
     """
-    with workspace.exclusive(f"flow run {flow_run.name}", "flow"):
-        iterate(configure(recipe, overrides or [], iterations), iterations, prune_after)
+    console.show()
+    with WORKSPACE.exclusive(f"flow run {flow_run.name}", "flow"):
+        params = configure(recipe, overrides or [], iterations)
+        iterate(params, iterations, prune_after, _by_other_code() if rerun_other_code else set())
 
 
-def iterate(params: Params, iterations: int | None, prune_after: bool) -> None:
-    """All stages in their order."""
+def _by_other_code() -> set[int]:
+    """The checkpoints whose manifest names other code than is installed."""
+    from tpaw_core.artifacts import checkpoint, code
+
+    made = WORKSPACE.iterations("checkpoints")
+    return {t for t in made if code.changed(checkpoint.manifest(WORKSPACE, t).code)}
+
+
+def iterate(params: Params, iterations: int | None, prune_after: bool, rerun: set[int]) -> None:
+    """All stages in their order; those of the checkpoints in ``rerun`` run in any case."""
     last = len(params.iterations) if iterations is None else iterations
     seconds: dict[str, float] = {}
     done, total = 0, 4 + 5 * last
@@ -137,21 +156,22 @@ def iterate(params: Params, iterations: int | None, prune_after: bool) -> None:
         update_progress_artifact(progress, 100 * done / total)
 
     with dvc.preloaded():
-        step(prepare_data)
-        step(fine_tune)
-        step(evaluate, 0)
+        step(data)
+        step(sft, 0 in rerun)
+        step(evaluate, 0, 0 in rerun)
         for iteration in range(1, last + 1):
-            step(generate, iteration)
-            step(assemble_team, iteration)
-            step(compute_adaptive_weights, iteration)
-            step(train, iteration)
-            step(evaluate, iteration)
+            force = iteration in rerun
+            step(generate, iteration, force)
+            step(team, iteration)
+            step(weights, iteration, force)
+            step(train, iteration, force)
+            step(evaluate, iteration, force)
             if prune_after:
                 prune()
             show_results(params, seconds)
-        step(write_report)
+        step(report)
         show_results(params, seconds)
-    with workspace.publish(workspace.FLOW_SECONDS) as aside:
+    with WORKSPACE.publish(WORKSPACE.flow_seconds) as aside:
         aside.write_text(json.dumps(seconds))
 
 

@@ -16,13 +16,18 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tpaw_core import checkpoint, config, corpus, data, scratch, template
+from tpaw_core.artifacts import checkpoint
+from tpaw_core.config import params_file
+from tpaw_core.config.params import Params, Scratch
+from tpaw_core.data import arithmetic, encoding
+from tpaw_core.data.rows import Row
+from tpaw_core.engine import scratch
 
 torch.set_num_threads(1)  # two xdist workers share two cores
 
 ROOT = Path(__file__).parents[1]
 MAX_LENGTH = 128
-TINY = config.Scratch(vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+TINY = Scratch(vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
 
 
 @pytest.fixture(scope="session")
@@ -32,15 +37,15 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def rows() -> list[data.Row]:
+def rows() -> list[Row]:
     return [
-        data.Row(f"{number:016d}", [{"role": "user", "content": problem}], answer)
-        for number, (problem, answer) in enumerate(corpus.problems(24, seed=3))
+        Row(f"{number:016d}", [{"role": "user", "content": problem}], answer)
+        for number, (problem, answer) in enumerate(arithmetic.problems(24, seed=3))
     ]
 
 
 @pytest.fixture(scope="session")
-def tokenizer(rows: list[data.Row]) -> Any:
+def tokenizer(rows: list[Row]) -> Any:
     return scratch.tokenizer([m["content"] + row.completion for row in rows for m in row.prompt], TINY, MAX_LENGTH)
 
 
@@ -70,8 +75,8 @@ class Encoded(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def encoded(rows: list[data.Row], tokenizer: Any) -> list[Encoded]:
-    made = template.encode(rows, tokenizer, max_length=MAX_LENGTH, max_skipped=0.0, name="rows")
+def encoded(rows: list[Row], tokenizer: Any) -> list[Encoded]:
+    made = encoding.encode(rows, tokenizer, max_length=MAX_LENGTH, max_skipped=0.0, name="rows")
     return [Encoded(list(p), list(c)) for p, c in zip(made.prompts, made.chosen, strict=True)]
 
 
@@ -110,9 +115,9 @@ def save_checkpoint(tokenizer: Any) -> Callable[..., checkpoint.Manifest]:
 
 
 @pytest.fixture(scope="session")
-def params() -> config.Params:
+def params() -> Params:
     """The demo's parameters."""
-    return config.load(ROOT / "recipes" / "demo.yaml")
+    return params_file.load(ROOT / "recipes" / "demo.yaml")
 
 
 CHATML = (

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from tpaw_core import alarms
+from tpaw_core.method import early_warnings
 
 
 def log(*rewards: float) -> list[dict[str, float]]:
-    return [{alarms.NEWEST_TARGET: reward, "loss": 0.7} for reward in rewards]
+    return [{early_warnings.NEWEST_TARGET: reward, "loss": 0.7} for reward in rewards]
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ def log(*rewards: float) -> list[dict[str, float]]:
     ],
 )
 def test_a_falling_target_reward_is_told_with_a_remedy(entries: list[dict[str, float]]) -> None:
-    said = alarms.of_training(entries)
+    said = early_warnings.of_training(entries)
     assert said is not None
     assert "target reward has fallen" in said
     assert "training.learning_rate" in said
@@ -36,12 +36,12 @@ def test_a_falling_target_reward_is_told_with_a_remedy(entries: list[dict[str, f
     ],
 )
 def test_a_target_reward_that_holds_is_silent(entries: list[dict[str, float]]) -> None:
-    assert alarms.of_training(entries) is None
+    assert early_warnings.of_training(entries) is None
 
 
 @pytest.mark.parametrize(("equal", "told"), [(0.0, False), (0.9, False), (0.91, True), (1.0, True)])
 def test_answers_that_nearly_all_equal_their_targets_are_told(equal: float, told: bool) -> None:
-    said = alarms.of_answers(equal)
+    said = early_warnings.of_answers(equal)
     assert (said is not None) == told
     if said:
         assert "sft.num_train_epochs" in said

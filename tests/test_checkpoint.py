@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tpaw_core import checkpoint, config
+from tpaw_core.artifacts import checkpoint
 from tpaw_core.errors import TpawError
+from tpaw_core.workspace import files
 
 Break = Callable[[Path], Any]
 
@@ -111,7 +112,7 @@ def test_a_name_that_leaves_the_folder_is_refused(name: str, folder: Path) -> No
     path = folder / "manifest.json"
     found = json.loads(path.read_text())
     found["files"][name] = "0" * 64
-    path.write_text(json.dumps({**found, "digest": config.digest(found["files"])}))
+    path.write_text(json.dumps({**found, "digest": files.digest(found["files"])}))
     with pytest.raises(TpawError, match="leaves the checkpoint's folder"):
         checkpoint.verify(folder)
 

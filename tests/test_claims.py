@@ -3,8 +3,8 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from tpaw_core import claims
-from tpaw_core.claims import Verdict
+from tpaw_core.study import claims
+from tpaw_core.study.claims import Verdict
 
 SEEDS = (1, 2, 3, 4, 5)
 NOISE = {1: 0.001, 2: -0.001, 3: 0.0, 4: 0.0015, 5: -0.0015}  # of a seed, shared by all methods

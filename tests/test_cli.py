@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tpaw_core import config
+from tpaw_core.config import params_file
 
 ROOT = Path(__file__).parents[1]
 Tpaw = Callable[..., subprocess.CompletedProcess[str]]
@@ -37,7 +37,7 @@ def tpaw(tmp_path: Path) -> Tpaw:
 
 
 def params(tmp_path: Path, *overrides: str) -> None:
-    (tmp_path / "params.yaml").write_text(config.resolve(str(ROOT / "recipes" / "demo.yaml"), overrides)[1])
+    (tmp_path / "params.yaml").write_text(params_file.resolve(str(ROOT / "recipes" / "demo.yaml"), overrides)[1])
 
 
 def test_help_names_every_stage(tpaw: Tpaw) -> None:
@@ -127,14 +127,14 @@ def test_use_switches_the_recipe_and_keeps_overrides_until_the_next_switch(tpaw:
     assert (
         tpaw("use", "demo", "seed=7", "objective.eta=4").stdout == "params.yaml: recipe demo, seed=7, objective.eta=4\n"
     )
-    assert (config.load(active).seed, config.load(active).objective.eta) == (7, 4.0)
+    assert (params_file.load(active).seed, params_file.load(active).objective.eta) == (7, 4.0)
     assert tpaw("use", "objective.gamma=0").returncode == 0
-    assert (config.load(active).seed, config.load(active).objective.gamma) == (7, 0.0)
+    assert (params_file.load(active).seed, params_file.load(active).objective.gamma) == (7, 0.0)
     before = active.read_bytes()
     assert tpaw("use", "objective.eta=0").returncode == 1
     assert active.read_bytes() == before
     tpaw("use", "demo")
-    assert config.load(active) == config.load(ROOT / "recipes" / "demo.yaml")
+    assert params_file.load(active) == params_file.load(ROOT / "recipes" / "demo.yaml")
 
 
 def test_data_makes_the_rows_and_says_how_many(tpaw: Tpaw, tmp_path: Path) -> None:

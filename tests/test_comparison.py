@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from tpaw_core import comparison
-from tpaw_core.intervals import Interval
-from tpaw_core.plan import Plan
-from tpaw_core.results import Results
+from tpaw_core.study import page
+from tpaw_core.study.intervals import Interval
+from tpaw_core.study.plan import Plan
+from tpaw_core.study.results import Results
 
 ONE = Interval(0.5, math.nan, math.nan, 1)
 
@@ -51,7 +51,7 @@ def results(made: Plan, stopped: str = "") -> Results:
 
 
 def written(folder: Path, made: Plan, found: Results) -> tuple[str, str]:
-    comparison.write(made, folder, found)
+    page.write(made, folder, found)
     return (folder / "report.html").read_text(), (folder / "report.md").read_text()
 
 
@@ -59,8 +59,8 @@ def test_one_seed_has_no_interval_and_the_page_says_no_nan(tmp_path: Path) -> No
     made = plan(seeds=[1])
     for text in written(tmp_path, made, results(made)):
         assert "nan" not in re.sub("<svg.*?</svg>", "", text, flags=re.DOTALL).lower()
-    assert comparison.points(ONE) == "50.0"
-    assert comparison.signed(ONE) == "+50.0"
+    assert page.points(ONE) == "50.0"
+    assert page.signed(ONE) == "+50.0"
 
 
 def test_a_method_that_stopped_has_its_last_figures_and_no_difference(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_method_that_stopped_has_its_last_figures_and_no_difference(tmp_path: 
     line = next(line for line in markdown.splitlines() if line.startswith("| spin |"))
     assert [cell.strip() for cell in line.split("|")[1:-1]][2:] == ["51.5 [45.1, 57.9]", "61.5 [55.1, 67.9]", "-", "-"]
     assert "spin, learning rate 0.0001, seed 2: train@2: not finite" in html
-    assert "| spin | 0.0001* |" in re.sub(" +", " ", comparison.table(made, results(made, stopped="spin")))
+    assert "| spin | 0.0001* |" in re.sub(" +", " ", page.table(made, results(made, stopped="spin")))
 
 
 def test_names_are_text_in_the_page(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_names_are_text_in_the_page(tmp_path: Path) -> None:
     ],
 )
 def test_a_difference_shows_its_sign_and_both_ends(interval: Interval | None, scale: float, text: str) -> None:
-    assert comparison.signed(interval, scale) == text
+    assert page.signed(interval, scale) == text
 
 
 def test_equal_results_make_equal_bytes(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tpaw_core import config
+from tpaw_core.config import params_file
 from tpaw_core.errors import TpawError
+from tpaw_core.workspace import files
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -78,12 +79,12 @@ DEMO = str(ROOT / "recipes" / "demo.yaml")
 )
 def test_a_bad_parameter_is_refused_by_a_message_that_names_it(override: str, message: str) -> None:
     with pytest.raises(TpawError, match=re.escape(message)):
-        config.resolve(DEMO, [override])
+        params_file.resolve(DEMO, [override])
 
 
 def test_every_bad_parameter_has_its_own_line() -> None:
     with pytest.raises(TpawError) as caught:
-        config.resolve(DEMO, ["objective.eta=0", "team.size=0", "seeed=1"])
+        params_file.resolve(DEMO, ["objective.eta=0", "team.size=0", "seeed=1"])
     lines = str(caught.value).splitlines()
     assert len(lines) == 3
     assert all(line.startswith(f"{DEMO}: ") for line in lines)
@@ -98,7 +99,7 @@ def test_a_missing_section_is_named(section: str, tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_text("\n".join(lines))
     with pytest.raises(TpawError, match=f"{path}: '{section}' is missing; add it"):
-        config.load(path)
+        params_file.load(path)
 
 
 @pytest.mark.parametrize(
@@ -116,29 +117,29 @@ def test_a_file_that_is_no_yaml_mapping_is_refused(content: bytes, message: str,
     path = tmp_path / "params.yaml"
     path.write_bytes(content)
     with pytest.raises(TpawError, match=f"{path}: {message}"):
-        config.load(path)
+        params_file.load(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(TpawError, match=r"params\.yaml: no such file; run from the project's folder"):
-        config.load(tmp_path / "params.yaml")
+        params_file.load(tmp_path / "params.yaml")
 
 
 def test_an_unknown_recipe_names_the_near_match(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(TpawError, match=r"recipe 'dmo': no such recipe \(did you mean 'demo'\?\); there are: .*demo"):
-        config.resolve("dmo")
+        params_file.resolve("dmo")
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_and_the_text_written_for_it_say_the_same(recipe: Path, tmp_path: Path) -> None:
-    params, text = config.resolve(str(recipe))
+    params, text = params_file.resolve(str(recipe))
     assert params.recipe == recipe.stem
-    assert params == config.load(recipe)
+    assert params == params_file.load(recipe)
     written = tmp_path / "params.yaml"
     written.write_text(text)
-    assert config.load(written) == params
-    again, same_text = config.resolve(None, path=written)
+    assert params_file.load(written) == params
+    again, same_text = params_file.resolve(None, path=written)
     assert again == params
     assert same_text == text
     assert again.digest() == params.digest()
@@ -160,42 +161,42 @@ def test_a_recipe_and_the_text_written_for_it_say_the_same(recipe: Path, tmp_pat
 def test_an_override_changes_its_key_alone_and_is_written(
     override: str, path: tuple[str, ...], value: object, tmp_path: Path
 ) -> None:
-    params, text = config.resolve(DEMO, [override])
+    params, text = params_file.resolve(DEMO, [override])
     *parents, last = path
-    node, before = params, config.load(Path(DEMO))
+    node, before = params, params_file.load(Path(DEMO))
     for parent in parents:
         node, before = getattr(node, parent), getattr(before, parent)
     assert getattr(node, last) == value
     assert node.model_copy(update={last: getattr(before, last)}) == before
     (tmp_path / "params.yaml").write_text(text)
-    assert config.load(tmp_path / "params.yaml") == params
+    assert params_file.load(tmp_path / "params.yaml") == params
 
 
 def test_a_later_override_wins() -> None:
-    assert config.resolve(DEMO, ["seed=1", "seed=2"])[0].seed == 2
+    assert params_file.resolve(DEMO, ["seed=1", "seed=2"])[0].seed == 2
 
 
 def test_comments_of_the_recipe_survive_an_override() -> None:
-    assert "# the paper's" in config.resolve(DEMO, ["objective.eta=4"])[1]
+    assert "# the paper's" in params_file.resolve(DEMO, ["objective.eta=4"])[1]
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(None, 4), (1, 4), (4, 4), (7, 7)])
 def test_iterations_are_lengthened_and_never_shortened(asked: int | None, expected: int, tmp_path: Path) -> None:
-    params, text = config.resolve(DEMO, [], asked)
+    params, text = params_file.resolve(DEMO, [], asked)
     assert list(params.iterations) == [str(t) for t in range(1, expected + 1)]
     assert [entry.previous for entry in params.iterations.values()] == list(range(expected))
     (tmp_path / "params.yaml").write_text(text)
-    assert config.load(tmp_path / "params.yaml") == params
+    assert params_file.load(tmp_path / "params.yaml") == params
 
 
 def test_a_new_iteration_goes_on_with_the_settings_of_the_last() -> None:
-    params, _ = config.resolve(DEMO, ["iterations.4.lambda=5", "iterations.4.learning_rate=1e-7"], 5)
+    params, _ = params_file.resolve(DEMO, ["iterations.4.lambda=5", "iterations.4.learning_rate=1e-7"], 5)
     assert params.objective_at(5).lambda_ == 5.0
     assert params.training_at(5).learning_rate == 1e-7
 
 
 def test_an_iteration_has_its_own_lambda_and_learning_rate_and_the_others_the_shared_ones() -> None:
-    params, _ = config.resolve(
+    params, _ = params_file.resolve(
         DEMO, ["iterations.2.lambda=5.0", "iterations.3.learning_rate=1e-7", "training.learning_rate=2e-7"]
     )
     assert [params.objective_at(t).lambda_ for t in (1, 2, 3, 4)] == [0.1, 5.0, 0.1, 0.1]
@@ -205,12 +206,12 @@ def test_an_iteration_has_its_own_lambda_and_learning_rate_and_the_others_the_sh
 
 
 def test_the_digest_depends_on_values_and_on_nothing_else(tmp_path: Path) -> None:
-    params = config.load(Path(DEMO))
+    params = params_file.load(Path(DEMO))
     turned = tmp_path / "params.yaml"
     turned.write_text("iterations: {'1': {previous: 0}, '2': {previous: 1}, '3': {previous: 2}, '4': {previous: 3}}\n")
     turned.write_text(turned.read_text() + Path(DEMO).read_text().split("iterations:")[0] + "# a comment\n")
-    assert config.load(turned).digest() == params.digest()
-    assert config.resolve(DEMO, ["seed=43"])[0].digest() != params.digest()
-    assert config.digest({"b": [1, "é"], "a": None}) == config.digest({"a": None, "b": [1, "é"]})
+    assert params_file.load(turned).digest() == params.digest()
+    assert params_file.resolve(DEMO, ["seed=43"])[0].digest() != params.digest()
+    assert files.digest({"b": [1, "é"], "a": None}) == files.digest({"a": None, "b": [1, "é"]})
     # sha256 of {"a":1}
-    assert config.digest({"a": 1}) == "015abd7f5cc57a2dd94b7590f04ad8084273905ee33ec5cebeae62276a97f862"
+    assert files.digest({"a": 1}) == "015abd7f5cc57a2dd94b7590f04ad8084273905ee33ec5cebeae62276a97f862"

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from tpaw_core import corpus
+from tpaw_core.data import arithmetic
 
-ROWS = corpus.problems(5000, seed=42)
+ROWS = arithmetic.problems(5000, seed=42)
 
 
 def test_problems_are_distinct() -> None:
@@ -14,8 +14,8 @@ def test_problems_are_distinct() -> None:
 
 
 def test_the_same_seed_gives_the_same_problems_and_another_seed_others() -> None:
-    assert corpus.problems(200, seed=42) == ROWS[:200]
-    others = corpus.problems(200, seed=43)
+    assert arithmetic.problems(200, seed=42) == ROWS[:200]
+    others = arithmetic.problems(200, seed=43)
     assert len({problem for problem, _ in others} & {problem for problem, _ in ROWS[:200]}) < 10
 
 

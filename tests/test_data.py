@@ -11,7 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tpaw_core import config, data
+from tpaw_core.config import params_file
+from tpaw_core.config.params import Data
+from tpaw_core.data import prepare
+from tpaw_core.data.rows import read_rows
 from tpaw_core.errors import TpawError
 
 ROOT = Path(__file__).parents[1]
@@ -24,8 +27,8 @@ def jsonl(rows: list[Any]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def settings(**changes: Any) -> config.Data:
-    return config.Data(**{"path": "train.jsonl", "heldout_path": "heldout.jsonl", **changes})
+def settings(**changes: Any) -> Data:
+    return Data(**{"path": "train.jsonl", "heldout_path": "heldout.jsonl", **changes})
 
 
 def made() -> dict[str, bytes]:
@@ -40,7 +43,7 @@ def prepare(workspace_folder: Path) -> Prepare:
         for name, content in (("train.jsonl", train), ("heldout.jsonl", heldout)):
             raw = content if isinstance(content, bytes) else jsonl(content).encode()
             (workspace_folder / name).write_bytes(raw)
-        return data.prepare(settings(**changes), seed=42)
+        return prepare.prepare(settings(**changes), seed=42)
 
     return run
 
@@ -69,7 +72,7 @@ def test_every_form_of_a_row_gives_the_same_data(form: Any, suffix: str, prepare
         else:
             Path(f"{name}.jsonl").write_text(jsonl(part))
     other = settings(path=f"other-train.{suffix}", heldout_path=f"other-heldout.{suffix}")
-    assert data.prepare(other, seed=42) == counts == {"train": 8, "heldout": 2}
+    assert prepare.prepare(other, seed=42) == counts == {"train": 8, "heldout": 2}
     assert (made()["train.jsonl"], made()["heldout.jsonl"]) == expected
 
 
@@ -79,11 +82,11 @@ def test_columns_of_a_csv_have_the_names_the_recipe_gives(workspace_folder: Path
             csv.writer(file).writerows(
                 [["frage", "antwort"], *([row["prompt"], row["completion"] + ", €"] for row in part)]
             )
-    data.prepare(
+    prepare.prepare(
         settings(path="train.csv", heldout_path="heldout.csv", prompt_column="frage", completion_column="antwort"),
         seed=1,
     )
-    first = next(data.read(Path("data/train.jsonl")))
+    first = next(read_rows(Path("data/train.jsonl")))
     assert first.prompt == [{"role": "user", "content": "What is 0 + 0?"}]
     assert first.completion == "0, €"
 
@@ -92,34 +95,34 @@ def test_a_conversation_of_many_turns_keeps_its_last_answer_as_target(prepare: P
     roles = ["system", "user", "assistant", "user", "assistant"]
     turns = [{"role": role, "content": f"turn {n}"} for n, role in enumerate(roles)]
     prepare([{"messages": turns}])
-    (row,) = data.read(Path("data/train.jsonl"))
+    (row,) = read_rows(Path("data/train.jsonl"))
     assert row.prompt == turns[:-1]
     assert row.completion == "turn 4"
 
 
 def test_a_rows_id_is_its_content(prepare: Prepare) -> None:
     prepare(PAIRS[:8])
-    ids = {row.completion: row.prompt_id for row in data.read(Path("data/train.jsonl"))}
+    ids = {row.completion: row.prompt_id for row in read_rows(Path("data/train.jsonl"))}
     assert len(set(ids.values())) == 8
     prepare([PAIRS[5], {**PAIRS[6], "completion": "another"}])
-    five, six = data.read(Path("data/train.jsonl"))
+    five, six = read_rows(Path("data/train.jsonl"))
     assert five.prompt_id == ids["10"]
     assert six.prompt_id not in ids.values()
 
 
 def test_the_demo_has_4000_and_1000_rows_and_no_prompt_in_both(workspace_folder: Path) -> None:
-    demo = config.load(ROOT / "recipes" / "demo.yaml").data
-    assert data.prepare(demo, seed=42) == {"train": 4000, "heldout": 1000}
-    train, heldout = (list(data.read(Path("data") / name)) for name in ("train.jsonl", "heldout.jsonl"))
+    demo = params_file.load(ROOT / "recipes" / "demo.yaml").data
+    assert prepare.prepare(demo, seed=42) == {"train": 4000, "heldout": 1000}
+    train, heldout = (list(read_rows(Path("data") / name)) for name in ("train.jsonl", "heldout.jsonl"))
     assert (len(train), len(heldout)) == (4000, 1000)
     prompts = [row.prompt[0]["content"] for row in (*train, *heldout)]
     assert len(set(prompts)) == 5000
     first = made()
     for path in Path("data").iterdir():
         path.unlink()
-    data.prepare(demo, seed=42)
+    prepare.prepare(demo, seed=42)
     assert made() == first
-    data.prepare(demo, seed=43)
+    prepare.prepare(demo, seed=43)
     assert made()["train.jsonl"] != first["train.jsonl"]
     assert made()["heldout.jsonl"] != first["heldout.jsonl"]
 
@@ -226,7 +229,7 @@ def test_repeated_rows_are_left_out_and_reported(prepare: Prepare, capsys: pytes
 
 def test_held_out_rows_that_are_in_train_can_be_left_out(prepare: Prepare, capsys: pytest.CaptureFixture[str]) -> None:
     assert prepare(heldout=PAIRS[6:], drop_overlap=True) == {"train": 8, "heldout": 2}
-    assert [row.completion for row in data.read(Path("data/heldout.jsonl"))] == ["16", "18"]
+    assert [row.completion for row in read_rows(Path("data/heldout.jsonl"))] == ["16", "18"]
     assert "2 of 4 held-out rows left out" in capsys.readouterr().out
 
 
@@ -237,7 +240,7 @@ def test_a_hub_name_while_offline_is_refused_and_says_why(
     with pytest.raises(
         TpawError, match=r"data\.path 'nobody/nothing', split 'train': .*HF_HUB_OFFLINE is set: unset it"
     ):
-        data.prepare(settings(path="nobody/nothing", heldout_path=None), seed=1)
+        prepare.prepare(settings(path="nobody/nothing", heldout_path=None), seed=1)
     assert not Path("data").exists()
 
 
@@ -249,7 +252,7 @@ def test_rows_that_were_never_made_are_asked_for(content: str | None, message: s
     if content is not None:
         (tmp_path / "train.jsonl").write_text(content)
     with pytest.raises(TpawError, match=rf"train\.jsonl: {message}"):
-        list(data.read(tmp_path / "train.jsonl"))
+        list(read_rows(tmp_path / "train.jsonl"))
 
 
 # MAWPS ----------------------------------------------------------------------------------------------------------------
@@ -273,7 +276,7 @@ def test_a_mawps_row_keeps_its_numbers_masked_and_its_target_is_the_equation(
 ) -> None:
     row = {**MAWPS, "Equation": equation, "Answer": answer}
     prepare([row], [{**row, "Question": "other"}], format="mawps")
-    (made,) = data.read(Path("data/train.jsonl"))
+    (made,) = read_rows(Path("data/train.jsonl"))
     assert made.prompt == [{"role": "user", "content": MAWPS["Question"]}]
     assert made.completion == f"#### {equation}"
 
@@ -303,20 +306,20 @@ needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"the real rows ar
 def test_mawps_fold_0_is_read_and_its_equations_hold(workspace_folder: Path) -> None:
     fold = SHARED / "mwp" / "mawps" / "fold0"
     lines = {name: len(list(csv.DictReader((fold / name).open()))) for name in ("train.csv", "dev.csv")}
-    counts = data.prepare(
+    counts = prepare.prepare(
         settings(path=str(fold / "train.csv"), heldout_path=str(fold / "dev.csv"), format="mawps", drop_overlap=True), 1
     )
     assert counts["train"] > 0.8 * lines["train.csv"]
     assert counts["heldout"] > 0.6 * lines["dev.csv"]
-    assert all(re.fullmatch(r"#### [-+*/ \d.number]+", row.completion) for row in data.read(Path("data/train.jsonl")))
+    assert all(re.fullmatch(r"#### [-+*/ \d.number]+", row.completion) for row in read_rows(Path("data/train.jsonl")))
 
 
 @needs_shared
 def test_gsm8k_is_read_whole(workspace_folder: Path) -> None:
     gsm8k = SHARED / "gsm8k"
     columns = {"prompt_column": "question", "completion_column": "answer"}
-    counts = data.prepare(
+    counts = prepare.prepare(
         settings(path=str(gsm8k / "train.jsonl"), heldout_path=str(gsm8k / "test.jsonl"), **columns), seed=1
     )
     assert counts == {"train": 7473, "heldout": 1319}
-    assert all(re.search(r"\n#### [-\d,.]+$", row.completion) for row in data.read(Path("data/heldout.jsonl")))
+    assert all(re.search(r"\n#### [-\d,.]+$", row.completion) for row in read_rows(Path("data/heldout.jsonl")))

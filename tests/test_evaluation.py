@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from tpaw_core import config, evaluation, template
-from tpaw_core.data import Row
+from tpaw_core.config.params import Evaluation, Generation
+from tpaw_core.data import encoding
+from tpaw_core.data.rows import Row
 from tpaw_core.errors import TpawError
+from tpaw_core.evaluation import harness
+from tpaw_core.evaluation.answers import OWN, answer
 
 
-def settings(**changes: Any) -> config.Evaluation:
-    return config.Evaluation(**{"max_new_tokens": 8, "batch_size": 3, "answer_pattern": r"#### (\d+)", **changes})
+def settings(**changes: Any) -> Evaluation:
+    return Evaluation(**{"max_new_tokens": 8, "batch_size": 3, "answer_pattern": r"#### (\d+)", **changes})
 
 
 @pytest.fixture
@@ -31,21 +34,21 @@ def asked(make_model: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch) -> 
     return model, seen
 
 
-def run(model: Any, tokenizer: Any, rows: list[Row], max_length: int = 128, **changes: Any) -> evaluation.Results:
+def run(model: Any, tokenizer: Any, rows: list[Row], max_length: int = 128, **changes: Any) -> harness.Results:
     own = settings(**changes)
-    given = {task: rows for task in own.tasks if task in evaluation.OWN}
-    return evaluation.evaluate(model, tokenizer, given, own, max_length=max_length, seed=1)
+    given = {task: rows for task in own.tasks if task in OWN}
+    return harness.evaluate(model, tokenizer, given, own, max_length=max_length, seed=1)
 
 
 @pytest.fixture
 def answered(model: Any, tokenizer: Any, rows: list[Row]) -> list[Row]:
     """Five held-out rows; by their pattern the model answers rows 1 and 3 as their targets do."""
-    from tpaw_core import generation
+    from tpaw_core.engine.generation import in_process
 
-    prompts = template.encode_prompts([row.prompt for row in rows[:5]], tokenizer)
-    greedy = config.Generation(temperature=0, max_new_tokens=8)
+    prompts = encoding.encode_prompts([row.prompt for row in rows[:5]], tokenizer)
+    greedy = Generation(temperature=0, max_new_tokens=8)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    found = generation.generate(model, prompts, greedy, max_length=128, eos_id=eos, pad_id=pad, seed=1)
+    found = in_process.generate(model, prompts, greedy, max_length=128, eos_id=eos, pad_id=pad, seed=1)
     texts = [tokenizer.decode(response.ids, skip_special_tokens=True) for response in found]
     return [
         Row(row.prompt_id, row.prompt, text if number in (1, 3) else f"not{text}")
@@ -80,7 +83,7 @@ def test_answers_are_the_ones_of_transformers_own_greedy_generation(
 ) -> None:
     found = run(model, tokenizer, rows[:5])
     for row, sample in zip(rows, found.samples, strict=False):
-        ids = torch.tensor([template.encode_prompts([row.prompt], tokenizer)[0]])
+        ids = torch.tensor([encoding.encode_prompts([row.prompt], tokenizer)[0]])
         answer = model.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=tokenizer.pad_token_id)
         assert sample["completion"] == tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
 
@@ -88,7 +91,7 @@ def test_answers_are_the_ones_of_transformers_own_greedy_generation(
 def test_validation_rows_are_a_benchmark_of_their_own(model: Any, tokenizer: Any, answered: list[Row]) -> None:
     own = settings(answer_pattern=WHOLE, tasks=["heldout", "validation"])
     given = {"heldout": answered, "validation": answered[1:2]}
-    found = evaluation.evaluate(model, tokenizer, given, own, max_length=128, seed=1)
+    found = harness.evaluate(model, tokenizer, given, own, max_length=128, seed=1)
     assert (found.primary["value"], found.primary["n"]) == (2 / 5, 5)
     assert found.benchmarks["validation"]["n"] == 1
     assert found.benchmarks["validation"]["exact_match,answer"] == 1
@@ -106,7 +109,7 @@ def test_the_model_is_asked_the_ids_it_was_trained_on(
 ) -> None:
     (model, seen), tokenizer = asked, variant(kind)
     run(model, tokenizer, rows[:4])
-    encoded = template.encode(rows[:4], tokenizer, max_length=128, max_skipped=0.0, name="rows")
+    encoded = encoding.encode(rows[:4], tokenizer, max_length=128, max_skipped=0.0, name="rows")
     assert sorted(seen) == sorted(map(list, encoded.prompts))
 
 
@@ -148,10 +151,10 @@ def test_a_target_in_which_the_pattern_finds_no_answer_is_refused_by_its_row(
         ("1+1=2\n#### 2", r"#### \d", "#### 2"),
         ("#### 1 #### 2", r"#### (\d)", "1"),
         ("nothing", r"#### (\d)", None),
-        ("#### -1,234.5", config.Evaluation().answer_pattern, "-1,234.5"),
+        ("#### -1,234.5", Evaluation().answer_pattern, "-1,234.5"),
     ],
 )
 def test_an_answer_is_the_patterns_first_group_or_its_whole_match(
     text: str, pattern: str, expected: str | None
 ) -> None:
-    assert evaluation.answer(text, pattern) == expected
+    assert answer(text, pattern) == expected

@@ -9,17 +9,18 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from tpaw_core import config, generation
+from tpaw_core.config.params import Generation
+from tpaw_core.data.endings import Response
+from tpaw_core.engine.generation import in_process, vllm
 from tpaw_core.errors import TpawError
-from tpaw_core.generation import Response
 
 ROOT = Path(__file__).parents[1]
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 Generate = Callable[..., list[Response]]
 
 
-def settings(**changes: Any) -> config.Generation:
-    return config.Generation(**{"temperature": 0.0, "max_new_tokens": 20, "batch_size": 5, **changes})
+def settings(**changes: Any) -> Generation:
+    return Generation(**{"temperature": 0.0, "max_new_tokens": 20, "batch_size": 5, **changes})
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +44,7 @@ def generate(ending: Any, prompts: list[list[int]], tokenizer: Any) -> Generate:
     def run(
         max_length: int = 128, seed: int = 1, only: list[list[int]] | None = None, **changes: Any
     ) -> list[Response]:
-        return generation.generate(
+        return in_process.generate(
             ending,
             prompts if only is None else only,
             settings(**changes),
@@ -96,7 +97,7 @@ def test_neither_batches_nor_rows_that_left_change_an_answer(
 ) -> None:
     """Sampled ones too: what a row draws depends on the seed and its place. Some rows must leave before others end."""
     sizes: list[int] = []
-    choose = generation._choose
+    choose = in_process._choose
     monkeypatch.setattr(
         generation, "_choose", lambda logits, *given: (sizes.append(len(logits)), choose(logits, *given))[1]
     )
@@ -114,7 +115,7 @@ def test_tokens_are_drawn_with_the_probabilities_that_the_settings_give(temperat
     warpers = [TemperatureLogitsWarper(temperature), *([TopPLogitsWarper(top_p)] if top_p < 1 else [])]
     expected = LogitsProcessorList(warpers)(torch.empty(1, 0), logits[None]).softmax(-1)[0].double()
     draws = torch.rand(20_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    tokens = generation._choose(logits.expand(len(draws), -1), draws, settings(temperature=temperature, top_p=top_p))
+    tokens = in_process._choose(logits.expand(len(draws), -1), draws, settings(temperature=temperature, top_p=top_p))
     found = tokens.bincount(minlength=len(logits)) / len(draws)
     assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / len(draws)).sqrt()).all()
     assert not found[expected == 0].any()
@@ -123,7 +124,7 @@ def test_tokens_are_drawn_with_the_probabilities_that_the_settings_give(temperat
 def test_the_ends_of_the_range_of_chances_are_tokens_that_can_be_drawn() -> None:
     logits = torch.tensor([[-float("inf"), 0.0, 0.0, -float("inf")]] * 2)
     chance = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert generation._choose(logits, chance, settings(temperature=1.0)).tolist() == [1, 2]
+    assert in_process._choose(logits, chance, settings(temperature=1.0)).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_families_give_the_greedy_answers_of_their_own_loop(
 ) -> None:
     model = architecture(kind, **changes)
     prompts = [[3 + (7 * n + k) % 60 for k in range(1 + n % 9)] for n in range(12)]
-    found = generation.generate(model, prompts, settings(), max_length=64, eos_id=2, pad_id=0, seed=1)
+    found = in_process.generate(model, prompts, settings(), max_length=64, eos_id=2, pad_id=0, seed=1)
     for prompt, response in zip(prompts, found, strict=True):
         assert list(response.ids) == alone(model, prompt, eos_id=2, pad_id=0)
 
@@ -202,12 +203,12 @@ def test_no_answer_exceeds_what_its_own_prompt_leaves_of_max_length(
 def test_what_follows_eos_is_padding_and_what_exceeds_the_room_was_never_allowed(
     ids: list[int], room: int, expected: tuple[list[int], str]
 ) -> None:
-    found = generation._cut(ids, eos_id=1, room=room)
+    found = in_process._cut(ids, eos_id=1, room=room)
     assert (list(found.ids), found.finish_reason) == expected
 
 
 def vllm(model: Path, prompts: list[list[int]], eos_id: int, python: str | None) -> list[Response]:
-    return generation.generate_vllm(
+    return vllm.generate_vllm(
         model, prompts, settings(python=python), max_length=128, eos_id=eos_id, seed=1, dtype="float32"
     )
 
@@ -232,7 +233,7 @@ def test_vllm_generates_what_transformers_generates(
     save_checkpoint(ending, tmp_path / "0")
     prompts = [e.prompt_ids[: 3 + 7 * number % 40] for number, e in enumerate(encoded * 3)]
     assert len(prompts) >= 64
-    expected = generation.generate(
+    expected = in_process.generate(
         ending,
         prompts,
         settings(batch_size=1),

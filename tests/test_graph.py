@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tpaw_core import config, graph
-from tpaw_core.config import Params
+from tpaw_core.config.params import Objective, Params
 from tpaw_core.errors import TpawError
+from tpaw_core.study import stage_graph
 
 
 def changed(params: Params, section: str, **values: object) -> Params:
@@ -14,11 +14,13 @@ def changed(params: Params, section: str, **values: object) -> Params:
 
 
 @pytest.fixture
-def stages(params: Params, root: Path) -> dict[str, graph.Stage]:
-    return {stage.name: stage for stage in graph.read(params, root / "dvc.yaml")}
+def stages(params: Params, root: Path) -> dict[str, stage_graph.Stage]:
+    return {stage.name: stage for stage in stage_graph.read(params, root / "dvc.yaml")}
 
 
-def test_stages_come_in_the_order_of_running_with_what_they_read_and_write(stages: dict[str, graph.Stage]) -> None:
+def test_stages_come_in_the_order_of_running_with_what_they_read_and_write(
+    stages: dict[str, stage_graph.Stage],
+) -> None:
     assert list(stages)[:7] == ["sft", "evaluate-sft", "generate@1", "team@1", "weights@1", "train@1", "evaluate@1"]
     assert list(stages)[-1] == "evaluate@4"
     train = stages["train@2"]
@@ -29,7 +31,7 @@ def test_stages_come_in_the_order_of_running_with_what_they_read_and_write(stage
     assert [str(path) for path in stages["evaluate-sft"].outs] == ["samples/0.jsonl", "metrics/0.json"]
 
 
-def test_every_output_that_a_stage_reads_was_made_before_it(stages: dict[str, graph.Stage]) -> None:
+def test_every_output_that_a_stage_reads_was_made_before_it(stages: dict[str, stage_graph.Stage]) -> None:
     made = {Path("data/train.jsonl"), Path("data/heldout.jsonl")}
     for stage in stages.values():
         assert set(stage.deps) <= made, stage.name
@@ -37,7 +39,7 @@ def test_every_output_that_a_stage_reads_was_made_before_it(stages: dict[str, gr
 
 
 def test_fine_tuning_that_goes_on_needs_rows_and_a_checkpoint_only(params: Params, root: Path) -> None:
-    found = graph.read(changed(params, "objective", name="sft"), root / "dvc.yaml")
+    found = stage_graph.read(changed(params, "objective", name="sft"), root / "dvc.yaml")
     assert [stage.name for stage in found][:4] == ["sft", "evaluate-sft", "train@1", "evaluate@1"]
     assert [str(path) for path in found[2].deps] == ["checkpoints/0", "data/train.jsonl"]
 
@@ -50,31 +52,31 @@ def files(workspace_folder: Path) -> Path:
 
 
 def test_a_key_changes_with_what_decides_the_outputs_and_with_nothing_else(
-    files: Path, params: Params, stages: dict[str, graph.Stage]
+    files: Path, params: Params, stages: dict[str, stage_graph.Stage]
 ) -> None:
     stage = stages["sft"]
-    key = graph.key(stage, params)
-    assert graph.key(stage, params) == key
-    assert graph.key(stage, changed(params, "objective", eta=2.0)) == key
-    assert graph.key(stage, changed(params, "sft", learning_rate=1.0)) != key
-    assert graph.key(stage, params.model_copy(update={"seed": 43})) != key
+    key = stage_graph.key(stage, params)
+    assert stage_graph.key(stage, params) == key
+    assert stage_graph.key(stage, changed(params, "objective", eta=2.0)) == key
+    assert stage_graph.key(stage, changed(params, "sft", learning_rate=1.0)) != key
+    assert stage_graph.key(stage, params.model_copy(update={"seed": 43})) != key
     (files / "data" / "train.jsonl").write_text("other rows")
-    assert graph.key(stage, params) != key
+    assert stage_graph.key(stage, params) != key
 
 
 def test_player_weights_decide_the_weights_and_not_the_training_that_reads_them(
-    params: Params, stages: dict[str, graph.Stage]
+    params: Params, stages: dict[str, stage_graph.Stage]
 ) -> None:
     names = stages["train@1"].params
     assert "objective.gamma" not in names
     assert "objective.player_weighting" not in names
-    known = set(config.Objective.model_json_schema()["properties"])
+    known = set(Objective.model_json_schema()["properties"])
     read = {
         name.removeprefix("objective.") for stage in stages.values() for name in stage.params if "objective." in name
     }
     assert read == known  # a new field must be read by some stage
 
 
-def test_a_missing_input_is_named(workspace_folder: Path, params: Params, stages: dict[str, graph.Stage]) -> None:
+def test_a_missing_input_is_named(workspace_folder: Path, params: Params, stages: dict[str, stage_graph.Stage]) -> None:
     with pytest.raises(TpawError, match=r"data/train.jsonl: does not exist"):
-        graph.key(stages["sft"], params)
+        stage_graph.key(stages["sft"], params)

@@ -15,8 +15,9 @@ import pytest
 
 from chaos.workspace import Workspace
 from mlflow import MlflowClient
-from tpaw_core import config, integrity
-from tpaw_core.registry import MODEL, Registry
+from tpaw_core.config import params_file
+from tpaw_core.tracking.registry import MODEL, Registry
+from tpaw_core.upkeep import verify
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def test_a_planted_corruption_is_found_and_named(here: Workspace, what: str) -> 
     place, corrupt = CORRUPTIONS[what]
     path = place()
     with changed(path, corrupt(path)):
-        said = integrity.check(Registry(config.load())).disagreements
+        said = verify.check(Registry(params_file.load())).disagreements
     assert said
     name = "version " if ".tpaw/mlflow" in str(path) else str(path).removesuffix("/manifest.json")
     assert any(name in line for line in said), said
@@ -149,7 +150,7 @@ def test_a_healthy_workspace_has_nothing_that_disagrees(here: Workspace) -> None
 @pytest.mark.parametrize("content", [b"", b"stages: {"])
 def test_what_a_full_disk_leaves_of_dvc_lock_may_be_deleted(here: Workspace, content: bytes) -> None:
     with changed(Path("dvc.lock"), content):
-        (said,) = integrity.check(None).disagreements
+        (said,) = verify.check(None).disagreements
     assert re.fullmatch(r"dvc\.lock: cannot be read \(.*\); delete it, and `dvc repro` takes what has run .*", said)
 
 
@@ -158,14 +159,14 @@ def test_a_version_of_another_parent_and_a_second_one_are_found(here: Workspace)
     (version,) = [v for v in client.search_model_versions(f"name='{MODEL}'") if v.tags["iteration"] == "1"]
     client.set_model_version_tag(MODEL, version.version, "parent", "0" * 64)
     try:
-        said = integrity.check(Registry(config.load())).disagreements
+        said = verify.check(Registry(params_file.load())).disagreements
     finally:
         client.set_model_version_tag(MODEL, version.version, "parent", version.tags["parent"])
     assert len(said) == 1
     assert "other tags than its manifest" in said[0]
     second = client.create_model_version(MODEL, version.source, version.run_id, tags=version.tags)
     try:
-        said = integrity.check(Registry(config.load())).disagreements
+        said = verify.check(Registry(params_file.load())).disagreements
     finally:
         client.delete_model_version(MODEL, second.version)
     assert len(said) == 1

@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from tpaw_core import intervals
+from tpaw_core.study import intervals
 
 OURS = {1: 0.91, 2: 0.87, 3: 0.93, 4: 0.90, 5: 0.88}
 THEIRS = {1: 0.89, 2: 0.88, 3: 0.90, 4: 0.86, 5: 0.85}

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from tpaw_core import attention, logps, packing, scoring
+from tpaw_core.engine import attention, logps, packing, scoring
+from tpaw_core.engine.packer import packer
+from tpaw_core.engine.packing import Tree
 from tpaw_core.errors import TpawError
-from tpaw_core.packing import Tree
 
 # Prompts and responses of many lengths: a response of one token, the same response twice, a prompt of one token.
 SMALL: list[Tree] = [([5, 6, 7], [[8, 9], [10], [8, 9]]), ([11], [[12, 13, 14, 15, 16]]), ([17, 18], [[19], [20, 21]])]
@@ -113,7 +114,7 @@ def test_families_that_share_prompts(
     kind: str, changes: dict[str, Any], architecture: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = architecture(kind, **changes)
-    with scoring.packer(model, SMALL, 0) as pack:
+    with packer(model, SMALL, 0) as pack:
         assert "layout" in pack(SMALL).inputs
         found = logps.response_logps(model, pack(SMALL))
     assert_same(model, found, plain(model, SMALL))
@@ -137,7 +138,7 @@ def test_families_that_cannot_share_say_so_in_a_line_and_get_the_plain_numbers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = architecture(kind, **changes)
-    with scoring.packer(model, SMALL, 0) as pack:
+    with packer(model, SMALL, 0) as pack:
         found = logps.response_logps(model, pack(SMALL))
     said = capsys.readouterr().out
     assert reason in said
@@ -179,7 +180,7 @@ def test_chunked_log_probs_equal_plain_ones_and_so_do_their_gradients(
 
 
 def test_parts_hold_at_most_so_many_tokens_and_keep_the_order() -> None:
-    parts = scoring.by_tokens(SMALL * 2, lambda tree: tree, 14)
+    parts = packing.split_by_tokens(SMALL * 2, lambda tree: tree, 14)
     assert [tree for part in parts for tree in part] == SMALL * 2
     assert [sum(map(packing.tokens, part)) for part in parts] == [14, 13, 11]
-    assert [len(part) for part in scoring.by_tokens(SMALL, lambda tree: tree, 1)] == [1, 1, 1]
+    assert [len(part) for part in packing.split_by_tokens(SMALL, lambda tree: tree, 1)] == [1, 1, 1]

@@ -19,7 +19,9 @@ import pytest
 
 from chaos.workspace import BIN, COMMANDS, Workspace
 from mlflow import MlflowClient
-from tpaw_core import checkpoint, data, template
+from tpaw_core.artifacts import checkpoint
+from tpaw_core.data import encoding
+from tpaw_core.data.rows import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +170,8 @@ def test_lambda_by_length_divides_each_log_probability_by_its_own_tokens(made: W
         weights.unlink()
         weights.write_bytes(kept)
     tokenizer = checkpoint.load_tokenizer(made.folder / "checkpoints" / "1")
-    rows = list(data.read(made.folder / "data" / "train.jsonl"))
-    encoded = template.encode(rows, tokenizer, max_length=160, max_skipped=0.0, name="rows")
+    rows = list(read_rows(made.folder / "data" / "train.jsonl"))
+    encoded = encoding.encode(rows, tokenizer, max_length=160, max_skipped=0.0, name="rows")
     targets = np.array([len(ids) for ids in encoded.chosen])
     answers = [pq.read_table(made.folder / "synthetic" / f"{t}.parquet")["rejected_ids"].to_pylist() for t in (2, 1)]
     lengths = np.array([len(ids) for ids in [*answers[0], *answers[1]]])

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from tpaw_core import config, methods
+from tpaw_core.config import params_file
 from tpaw_core.errors import TpawError
+from tpaw_core.study import methods
 
 
 @pytest.mark.parametrize("name", list(methods.METHODS))
@@ -11,8 +12,8 @@ def test_every_method_is_a_change_of_the_demo_that_the_parameters_take(
     name: str, root: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(str(root))
-    plain, _ = config.resolve("demo")
-    params, _ = config.resolve("demo", methods.METHODS[name].overrides)
+    plain, _ = params_file.resolve("demo")
+    params, _ = params_file.resolve("demo", methods.METHODS[name].overrides)
     assert (params == plain) == (name == "tpaw")
     assert params.training == plain.training
     assert methods.METHODS[name].source

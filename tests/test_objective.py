@@ -8,18 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tpaw_core import config, packing
-from tpaw_core.logps import response_logps
-from tpaw_core.objective import (
-    dpo_nll_loss,
-    implicit_reward,
-    space_loss,
-    spin_loss,
-    target_weight,
-    tpaw_loss,
-    tspin_loss,
-)
-from tpaw_core.weights import player_weights
+from tpaw_core.config.params import Params
+from tpaw_core.engine import packing
+from tpaw_core.engine.logps import response_logps
+from tpaw_core.method.objectives.base import implicit_reward
+from tpaw_core.method.objectives.dpo_nll import dpo_nll_loss
+from tpaw_core.method.objectives.space import space_loss
+from tpaw_core.method.objectives.spin import spin_loss
+from tpaw_core.method.objectives.tpaw import target_weight, tpaw_loss
+from tpaw_core.method.objectives.tspin import tspin_loss
+from tpaw_core.method.player_weights import player_weights
 
 
 def tensor(*values: Any, requires_grad: bool = False) -> Tensor:
@@ -159,16 +157,14 @@ def test_shapes_that_disagree_are_refused(wrong: dict[str, Tensor]) -> None:
         ({"name": "spin"}, 1.0, 0.0),
     ],
 )
-def test_switches_turn_each_weighting_off(
-    params: config.Params, changes: dict[str, Any], eta: float, gamma: float
-) -> None:
+def test_switches_turn_each_weighting_off(params: Params, changes: dict[str, Any], eta: float, gamma: float) -> None:
     objective = params.objective.model_copy(update=changes)
     found = params.model_copy(update={"objective": objective}).objective_at(1)
     assert (found.eta, found.gamma, found.lambda_) == (eta, gamma, 0.1)
 
 
 def test_spin_is_trls_dpo_loss_with_the_previous_checkpoint_as_reference(
-    make_model: Callable[[int], Any], tokenizer: Any, params: config.Params, tmp_path: Path
+    make_model: Callable[[int], Any], tokenizer: Any, params: Params, tmp_path: Path
 ) -> None:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer

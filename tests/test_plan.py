@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tpaw_core import plan
 from tpaw_core.errors import TpawError
+from tpaw_core.study import plan
 
 NOTHING = {"methods": None, "seeds": None, "learning_rates": None, "folder": None}
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from tpaw_core import preload
+from tpaw_core.processes import fork_server
 
 TPAW = [str(Path(sys.executable).parent / "tpaw")]
 DVC = [sys.executable, "-m", "tpaw_core.preload", "dvc"]
@@ -25,9 +25,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Pope
     address = tmp_path_factory.mktemp("preload") / "socket"
     process = subprocess.Popen([*TPAW, "preload", str(address)], stdin=subprocess.PIPE)
     _until(address.exists)
-    os.environ[preload.ADDRESS] = str(address)
+    os.environ[fork_server.ADDRESS] = str(address)
     yield process
-    del os.environ[preload.ADDRESS]
+    del os.environ[fork_server.ADDRESS]
     process.communicate(timeout=30)
     assert process.returncode == 0
 
@@ -44,7 +44,7 @@ def _jobs(server: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def _run(*command: str, folder: Path, alone: bool = False) -> tuple[int, str, str]:
-    environment = {name: value for name, value in os.environ.items() if not (alone and name == preload.ADDRESS)}
+    environment = {name: value for name, value in os.environ.items() if not (alone and name == fork_server.ADDRESS)}
     environment["PATH"] = f"{Path(TPAW[0]).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
@@ -103,8 +103,8 @@ def test_a_command_that_is_killed_ends_as_a_shell_says_it(
 
 
 def test_where_nobody_listens_a_command_runs_by_itself(workspace_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(preload.ADDRESS, str(workspace_folder / "nobody"))
-    assert preload.ask("tpaw", ["status"]) is None
+    monkeypatch.setenv(fork_server.ADDRESS, str(workspace_folder / "nobody"))
+    assert fork_server.ask("tpaw", ["status"]) is None
     assert "worker: stopped" in _run(*TPAW, "status", folder=workspace_folder)[1]
     assert _run(*DVC, "version", folder=workspace_folder)[0] == 0
 

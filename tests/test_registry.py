@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 
-from tpaw_core import config, registry, workspace
-from tpaw_core.registry import Registry
+from tpaw_core.config import params_file
+from tpaw_core.config.params import Params
+from tpaw_core.tracking import ledger, registry
+from tpaw_core.tracking.client import LOCAL, tracking_uri
+from tpaw_core.tracking.registry import Registry
+from tpaw_core.workspace import files
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +32,13 @@ def folder(database: Path, workspace_folder: Path, monkeypatch: pytest.MonkeyPat
     """A workspace whose local database is ready."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("TPAW_SESSION", raising=False)
-    registry.LOCAL.mkdir(parents=True)
-    shutil.copy(database, registry.LOCAL / "mlflow.db")
+    LOCAL.mkdir(parents=True)
+    shutil.copy(database, LOCAL / "mlflow.db")
     return workspace_folder
 
 
 @pytest.fixture
-def found(folder: Path, params: config.Params) -> Registry:
+def found(folder: Path, params: Params) -> Registry:
     return Registry(params)
 
 
@@ -86,23 +90,23 @@ def test_a_version_says_what_checkpoint_it_is_and_holds_its_files(found: Registr
     assert alias(found, registry.NEWEST) == 2
 
 
-def test_registering_again_changes_nothing(found: Registry, make: Callable[[int], str], params: config.Params) -> None:
+def test_registering_again_changes_nothing(found: Registry, make: Callable[[int], str], params: Params) -> None:
     make(0)
     assert [found.register(0), found.register(0), Registry(params).register(0)] == [1, 1, 1]
-    registry.LEDGER.unlink()  # as in a fresh clone
+    ledger.LEDGER.unlink()  # as in a fresh clone
     assert Registry(params).register(0) == 1
     assert len(versions(found)) == 1
 
 
 def test_workspaces_with_an_equal_checkpoint_share_its_version_and_neither_prunes_it_from_the_other(
-    found: Registry, make: Callable[[int], str], params: config.Params, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    found: Registry, make: Callable[[int], str], params: Params, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     make(0), make(1)
     found.register(0), found.register(1)
     found.client.delete_registered_model_alias(registry.MODEL, registry.NEWEST)
     assert sorted(removal.what[:9] for removal in found.removals(set())) == ["version 1", "version 2"]
     shutil.copytree(workspace.checkpoint(0), tmp_path / "elsewhere" / workspace.checkpoint(0))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.tracking_uri())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri())
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert Registry(params).register(0) == 1
     assert Registry(params).removals(set()) == []
@@ -160,7 +164,7 @@ def test_candidates_are_the_older_checkpoints_and_are_registered_where_nobody_di
 
 
 def test_a_deleted_version_does_not_play_until_it_is_brought_back(
-    found: Registry, make: Callable[[int], str], params: config.Params, capsys: pytest.CaptureFixture[str]
+    found: Registry, make: Callable[[int], str], params: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(0), make(1)
     assert [c.version for c in found.candidates(range(2))] == [1, 2]
@@ -174,7 +178,7 @@ def test_a_deleted_version_does_not_play_until_it_is_brought_back(
 
 
 def test_what_another_server_has_never_seen_is_not_taken_for_deleted(
-    found: Registry, make: Callable[[int], str], database: Path, params: config.Params, monkeypatch: pytest.MonkeyPatch
+    found: Registry, make: Callable[[int], str], database: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The workspace moves from its local database to another server."""
     make(0)
@@ -202,7 +206,7 @@ def test_champion_is_the_best_of_its_recipe_and_newest_the_last(found: Registry,
         found.register(iteration)
         found.record_evaluation(iteration, metrics(value), SAMPLES)
     assert (alias(found, registry.CHAMPION), alias(found, registry.NEWEST)) == (2, 3)
-    other = config.resolve(str(Path(__file__).parents[1] / "recipes" / "demo.yaml"), ["recipe=other"])[0]
+    other = params_file.resolve(str(Path(__file__).parents[1] / "recipes" / "demo.yaml"), ["recipe=other"])[0]
     make(3)
     another = Registry(other)
     another.register(3)
@@ -245,7 +249,7 @@ def test_recording_again_after_the_run_ended_makes_no_new_run(found: Registry, m
     assert {run.info.run_id for run in found.client.search_runs([found.experiment])} == before
 
 
-def test_iterations_are_child_runs_of_one_parent_with_their_parameters(found: Registry, params: config.Params) -> None:
+def test_iterations_are_child_runs_of_one_parent_with_their_parameters(found: Registry, params: Params) -> None:
     parent, children = found.parent(), [found.iteration(t) for t in (0, 1, 2)]
     assert [run.data.tags["mlflow.parentRunId"] for run in children] == [parent.info.run_id] * 3
     assert [run.info.run_name for run in children] == ["sft", "iteration 1", "iteration 2"]
@@ -274,10 +278,10 @@ def test_a_failed_run_is_continued(found: Registry) -> None:
 
 @pytest.mark.parametrize("change", ["another workspace", "other parameters"])
 def test_another_workspace_or_other_parameters_have_their_own_run(
-    change: str, found: Registry, tmp_path: Path, params: config.Params, monkeypatch: pytest.MonkeyPatch
+    change: str, found: Registry, tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parent = found.parent().info.run_id
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.tracking_uri())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri())
     if change == "another workspace":
         (tmp_path / "elsewhere").mkdir()
         monkeypatch.chdir(tmp_path / "elsewhere")
@@ -296,7 +300,7 @@ def test_a_data_set_is_an_input_of_the_run_with_its_digest(found: Registry) -> N
     for _ in range(2):
         found.log_dataset(run, path, rows=2, context="training")
     (entry,) = found.client.get_run(run.info.run_id).inputs.dataset_inputs
-    assert (entry.dataset.name, entry.dataset.digest) == ("data/train.jsonl", workspace.sha256(path)[:16])
+    assert (entry.dataset.name, entry.dataset.digest) == ("data/train.jsonl", files.sha256(path)[:16])
     assert entry.dataset.profile == '{"num_rows": 2}'
     assert {tag.key: tag.value for tag in entry.tags} == {"mlflow.data.context": "training"}
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tpaw_core import report
+from tpaw_core.report import table
+from tpaw_core.report.page import write
 
 PLOTS = {"accuracy", "rewards", "target_active", "player_weights"}
 Measure = Callable[..., None]
@@ -62,7 +63,7 @@ def cells(line: str) -> list[str]:
 def test_the_table_has_a_row_a_checkpoint_in_order_and_dashes_where_nothing_was_trained(measured: Measure) -> None:
     for iteration in (10, 2, 0):
         measured(iteration, 0.5 + iteration / 100, REWARDS if iteration else {})
-    head, rule, *rows = report.table().splitlines()
+    head, rule, *rows = table.table().splitlines()
     assert cells(head) == [
         "checkpoint", "benchmark", "score", "stderr", "n", "target reward", "generated reward", "alpha = eta"
     ]  # fmt: skip
@@ -77,8 +78,8 @@ def test_the_table_has_a_row_a_checkpoint_in_order_and_dashes_where_nothing_was_
 def test_checkpoints_of_an_earlier_lineage_are_left_out_and_named(measured: Measure) -> None:
     for iteration, parent in enumerate([None, None, "digest of an earlier 1", None]):
         measured(iteration, 0.5, REWARDS if iteration else {}, parent=parent)
-    assert list(report.evaluated()) == [0, 1]
-    lines = report.table().splitlines()
+    assert list(table.evaluated()) == [0, 1]
+    lines = table.table().splitlines()
     assert len(lines) == 6
     assert cells(lines[3])[0] == "1"
     assert lines[-1] == "Left out, as made from an earlier checkpoint 1: 2, 3."
@@ -89,9 +90,9 @@ def test_the_report_holds_the_table_and_every_plot(measured: Measure, tmp_path: 
     for iteration in (1, 2, 3, 4):
         measured(iteration, 0.5, REWARDS, entries(players=min(iteration, 4)))
     (tmp_path / "report").mkdir()
-    report.write(tmp_path / "report")
+    write(tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
-    assert report.table() in text
+    assert table.table() in text
     assert {path.stem for path in (tmp_path / "report").glob("*.png")} == PLOTS
     for name in PLOTS:
         assert f"![{name}]({name}.png)" in text
@@ -105,7 +106,7 @@ def test_the_plots_are_the_same_bytes_for_the_same_measurements(measured: Measur
     made = []
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
-        report.write(tmp_path / name)
+        write(tmp_path / name)
         made.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
     assert made[0] == made[1]
 
@@ -116,12 +117,12 @@ def test_a_report_can_be_made_before_any_iteration_is_done(
 ) -> None:
     measure(measured)
     (tmp_path / "report").mkdir()
-    report.write(tmp_path / "report")
+    write(tmp_path / "report")
     assert (tmp_path / "report" / "report.md").read_text().startswith("# Result\n\n| checkpoint |")
 
 
 def test_samples_of_a_checkpoint_without_any_are_none(workspace_folder: Path) -> None:
-    assert report.samples(3) == []
+    assert table.samples(3) == []
     Path("samples").mkdir()
     Path("samples/3.jsonl").write_text('{"prompt": "é"}\n{"prompt": "b"}\n', encoding="utf-8")
-    assert report.samples(3) == [{"prompt": "é"}, {"prompt": "b"}]
+    assert table.samples(3) == [{"prompt": "é"}, {"prompt": "b"}]

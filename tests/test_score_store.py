@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tpaw_core import score_store, scoring, team
+from tpaw_core.artifacts import score_store
+from tpaw_core.artifacts.score_store import ScoreStore
+from tpaw_core.data.tokens import Pair, TokenRows
+from tpaw_core.engine import scoring
 from tpaw_core.errors import TpawError
-from tpaw_core.ragged import Ragged
-from tpaw_core.score_store import ScoreStore
-from tpaw_core.scoring import Pair
+from tpaw_core.method import team
 
 DIGEST = "a" * 64
 
@@ -107,7 +108,7 @@ def test_rows_with_the_same_ids_in_other_places_are_not_confused(one: Pair, othe
 
 def test_ids_are_what_counts_not_what_holds_them(tmp_path: Path) -> None:
     scores(tmp_path, [([1, 2], [70000])], always(-1.0))
-    rows = Ragged([[1, 2], [70000]])
+    rows = TokenRows([[1, 2], [70000]])
     assert scores(tmp_path, [(rows[0], rows[1])], always(-2.0)) == ([-1.0], 0)
 
 

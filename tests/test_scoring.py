@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from tpaw_core import scoring
-from tpaw_core.scoring import Pair
+from tpaw_core.data.tokens import Pair
+from tpaw_core.engine import scoring
 
 
 @torch.inference_mode()

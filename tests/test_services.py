@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tpaw_core import services
 from tpaw_core.errors import TpawError
+from tpaw_core.processes import services
+from tpaw_core.processes.daemon import RECORDS
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def test_a_taken_port_is_named_with_the_variable_that_moves_it(folder: Path, mon
         monkeypatch.setenv("TPAW_PREFECT_PORT", "1")
         with pytest.raises(TpawError, match=rf"port {port}: taken by another program.*TPAW_MLFLOW_PORT"):
             services.up()
-    assert not services.RECORDS.exists()
+    assert not RECORDS.exists()
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "http", "-1"])
@@ -54,7 +55,7 @@ def test_down_and_status_where_nothing_runs(folder: Path, capsys: pytest.Capture
 
 
 def test_a_damaged_record_is_named(folder: Path) -> None:
-    services.RECORDS.parent.mkdir()
-    services.RECORDS.write_text("{")
+    RECORDS.parent.mkdir()
+    RECORDS.write_text("{")
     with pytest.raises(TpawError, match=r"services\.json: unreadable"):
         services.status()

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tpaw_core.team import Candidate, assemble
+from tpaw_core.method.team import Candidate, assemble
 
 DIGESTS = [f"{number:08x}" + 56 * "ab"[number % 2] for number in range(0xA0, 0xA6)]
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from lm_eval.models.huggingface import HFLM
 
-from tpaw_core import template
-from tpaw_core.data import Row
+from tpaw_core.data import encoding
+from tpaw_core.data.encoding import encode, encode_completions, encode_prompts, render
+from tpaw_core.data.rows import Row
 from tpaw_core.errors import TpawError
-from tpaw_core.template import encode, encode_completions, encode_prompts, render
 
 CONVERSATION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 12 + 7?"}]
 KINDS = ["plain", "chatml", "bos", "bos in template"]
@@ -80,7 +80,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(missing: str | None, var
     tokenizer = variant("plain")
     tokenizer.chat_template = missing
     with pytest.raises(TpawError, match=r"has no chat template; give one in model\.chat_template"):
-        template.encode_prompts([CONVERSATION], tokenizer)
+        encoding.encode_prompts([CONVERSATION], tokenizer)
 
 
 def test_every_text_round_trips_through_the_scratch_tokenizer(tokenizer: Any) -> None:

@@ -11,19 +11,26 @@ import numpy as np
 import pytest
 import torch
 
-from tpaw_core import config, objective, packing, scoring, training
+from tpaw_core.config.params import Objective, Optimisation
+from tpaw_core.engine import packing, scoring
+from tpaw_core.engine.training import loop
+from tpaw_core.engine.training.batches import Group, Groups, tree, triplets
+from tpaw_core.engine.training.log import OnLog
 from tpaw_core.errors import TpawError
-from tpaw_core.objective import tpaw_loss
-from tpaw_core.training import Group
-from tpaw_core.weights import player_weights
+from tpaw_core.method.objectives.dpo_nll import dpo_nll_loss
+from tpaw_core.method.objectives.space import space_loss
+from tpaw_core.method.objectives.spin import spin_loss
+from tpaw_core.method.objectives.tpaw import tpaw_loss
+from tpaw_core.method.objectives.tspin import tspin_loss
+from tpaw_core.method.player_weights import player_weights
 
-OBJECTIVE = config.Objective(**{"lambda": 0.1})
+OBJECTIVE = Objective(**{"lambda": 0.1})
 Run = Callable[..., tuple[Any, list[dict[str, float]]]]
 
 
-def settings(**changes: Any) -> config.Optimisation:
+def settings(**changes: Any) -> Optimisation:
     base = {"learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 4, "warmup_ratio": 0}
-    return config.Optimisation(**{**base, "logging_steps": 1, "save_steps": 2, **changes})
+    return Optimisation(**{**base, "logging_steps": 1, "save_steps": 2, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +54,15 @@ def run(make_model: Callable[[int], Any], tokenizer: Any, groups: list[Group], t
     numbers: Iterator[int] = iter(range(100))
 
     def play(
-        on_log: training.OnLog = lambda step, metrics: None,
+        on_log: OnLog = lambda step, metrics: None,
         state: Path | None = None,
         rows: Any = None,
         policy: int = 0,
-        objective: config.Objective = OBJECTIVE,
+        objective: Objective = OBJECTIVE,
         **changes: Any,
     ) -> tuple[Any, list[dict[str, float]]]:
         model = make_model(policy)
-        log = training.self_play(
+        log = loop.self_play(
             model,
             groups if rows is None else rows,
             objective,
@@ -207,7 +214,7 @@ def test_equal_inputs_give_equal_bytes(run: Run) -> None:
 
 def test_a_batch_cut_into_parts_makes_the_same_step(run: Run, groups: list[Group]) -> None:
     plain = {"policy": 2, "optim": "sgd", "learning_rate": 1e-4, "per_device_train_batch_size": 16, "max_grad_norm": 0}
-    size = max(packing.tokens(training.tree(group)) for group in groups)
+    size = max(packing.tokens(tree(group)) for group in groups)
     (whole, log), (parts, log_parts) = run(**plain, max_tokens=100_000), run(**plain, max_tokens=2 * size)
     for name in ("loss", "grad_norm", "rewards/margins", "weights/target_active", "logps/chosen"):
         assert [e[name] for e in log_parts] == pytest.approx([e[name] for e in log], rel=1e-4), name
@@ -242,7 +249,7 @@ def test_a_number_that_is_not_finite_stops_training_and_leaves_the_last_good_sta
 def test_each_distinct_response_of_a_prompt_is_computed_once() -> None:
     first = Group([1, 2], [3], [[4, 5], [3], [4, 5]], [-1.0], [[-2.0], [-1.0], [-2.0]], [[1.0]] * 3)
     second = Group([6], [3], [[4, 5]], [-3.0], [[-4.0]], [[1.0]])
-    part = training.triplets([first, second], packing.pack, of=5)
+    part = triplets([first, second], packing.pack, of=5)
     assert part.pack.responses == 4
     assert part.pack.inputs["input_ids"].tolist() == [[1, 2, 6, 4, 4]]
     assert part.pack.target.tolist() == [3, 4, 5, 3, 4, 5]
@@ -260,7 +267,7 @@ def test_sft_lowers_the_loss_of_its_rows(
     pairs = [(e.prompt_ids, e.chosen_ids) for e in encoded[:8]]
     before = sum(scoring.score(model, pairs, pad_id=pad_id))
     tokens = sum(len(response) for _, response in pairs)
-    log = training.sft(
+    log = loop.sft(
         model,
         pairs,
         settings(per_device_train_batch_size=8, num_train_epochs=6, learning_rate=3e-3),
@@ -293,7 +300,7 @@ def test_each_objective_trains_on_its_own_loss(
     name: str, run: Run, groups: list[Group], make_model: Callable[[int], Any], tokenizer: Any
 ) -> None:
     rows = one_player(groups)
-    own = config.Objective(**{"name": name, "lambda": 0.1})
+    own = Objective(**{"name": name, "lambda": 0.1})
     _, log = run(rows=rows, objective=own, per_device_train_batch_size=16, policy=1)
     policy, pad_id = make_model(1), tokenizer.pad_token_id
 
@@ -305,10 +312,10 @@ def test_each_objective_trains_on_its_own_loss(
     players = torch.tensor([g.players_chosen for g in rows]), torch.tensor([g.players_rejected[0] for g in rows])
     lengths = torch.tensor([len(g.chosen_ids) for g in rows])
     expected = {
-        "spin": lambda: objective.spin_loss(chosen, rejected, *players, scale=0.1),
-        "dpo_nll": lambda: objective.dpo_nll_loss(chosen, rejected, *players, lengths, scale=0.1),
-        "space": lambda: objective.space_loss(chosen, rejected, *players, scale=0.1),
-        "tspin": lambda: objective.tspin_loss(chosen, rejected, first, *players, scale=0.1, history=0.1),
+        "spin": lambda: spin_loss(chosen, rejected, *players, scale=0.1),
+        "dpo_nll": lambda: dpo_nll_loss(chosen, rejected, *players, lengths, scale=0.1),
+        "space": lambda: space_loss(chosen, rejected, *players, scale=0.1),
+        "tspin": lambda: tspin_loss(chosen, rejected, first, *players, scale=0.1, history=0.1),
     }[name]()
     assert log[0]["loss"] == pytest.approx(expected.loss.mean().item(), rel=1e-4)
     assert log[0]["rewards/chosen"] == pytest.approx(expected.reward_chosen.mean().item(), rel=1e-3)
@@ -318,7 +325,7 @@ def test_lambda_by_length_weighs_a_token_alike_in_targets_and_answers(
     run: Run, groups: list[Group], make_model: Callable[[int], Any], tokenizer: Any
 ) -> None:
     """With texts of one length it is plain TPAW; otherwise log-probabilities are means a token, times one length."""
-    own = config.Objective(**{"lambda": 0.1, "per_token": True})
+    own = Objective(**{"lambda": 0.1, "per_token": True})
     same = [g._replace(rejected_ids=[g.chosen_ids[::-1], [5] * len(g.chosen_ids)]) for g in groups]
     length = len(groups[0].chosen_ids)
     same = [g._replace(chosen_ids=g.chosen_ids[:5], rejected_ids=[r[:5] for r in g.rejected_ids]) for g in same]
@@ -347,21 +354,19 @@ def test_lambda_by_length_weighs_a_token_alike_in_targets_and_answers(
 def test_responses_that_equal_their_target_can_be_left_out(tokenizer: Any) -> None:
     from array import array
 
-    from tpaw_core.ragged import Ragged
+    from tpaw_core.data.tokens import TokenRows
 
-    def ragged(*rows: list[int]) -> Ragged:
-        return Ragged(array("i", row) for row in rows)
+    def ragged(*rows: list[int]) -> TokenRows:
+        return TokenRows(array("i", row) for row in rows)
 
     players = np.zeros((2, 1)), np.zeros((2, 2, 1)), np.ones((2, 2, 1))
     parts = ragged([1], [2]), ragged([3, 4], [5]), [ragged([3, 4], [6]), ragged([7], [5])]
-    kept = training.Groups(*parts, *players, drop_equal=True)
+    kept = Groups(*parts, *players, drop_equal=True)
     assert [[list(ids) for ids in group.rejected_ids] for group in kept] == [[[7]], [[6]]]
     assert [len(group.beta) for group in kept] == [1, 1]
-    assert [len(group.rejected_ids) for group in training.Groups(*parts, *players)] == [2, 2]
-    none = training.Groups(
-        parts[0], parts[1], [parts[1]], *(p[:1] if p.ndim == 3 else p for p in players), drop_equal=True
-    )
-    made = training.triplets([none[0], none[1]], packing.pack, of=2)
+    assert [len(group.rejected_ids) for group in Groups(*parts, *players)] == [2, 2]
+    none = Groups(parts[0], parts[1], [parts[1]], *(p[:1] if p.ndim == 3 else p for p in players), drop_equal=True)
+    made = triplets([none[0], none[1]], packing.pack, of=2)
     assert made.chosen.shape == (0,)
     assert made.beta.shape == (0, 1)
 
@@ -370,6 +375,6 @@ def test_the_log_counts_the_tokens_that_were_computed_also_after_a_stop(
     run: Run, groups: list[Group], tmp_path: Path
 ) -> None:
     _, log = run()
-    in_all = sum(packing.pack([training.tree(g)]).inputs["input_ids"].numel() for g in groups)
+    in_all = sum(packing.pack([tree(g)]).inputs["input_ids"].numel() for g in groups)
     assert log[-1]["tokens"] == in_all
     assert [entry["tokens"] for entry in log] == sorted(entry["tokens"] for entry in log)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpaw_core.weights import player_weights
+from tpaw_core.method.player_weights import player_weights
 
 LOGPS = st.floats(-500, 0)
 

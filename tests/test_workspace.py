@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tpaw_core import workspace
 from tpaw_core.errors import TpawError
+from tpaw_core.workspace import files
+from tpaw_core.workspace.lock import exclusive
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -21,7 +22,7 @@ def tree(folder: Path) -> dict[str, str]:
 def target(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A published file or folder with the content "old"."""
     target = tmp_path / "deep" / "target"
-    with workspace.publish(target) as aside:
+    with files.publish(target) as aside:
         fill(aside, "old", folder=request.param == "folder")
     return target
 
@@ -35,7 +36,7 @@ def fill(aside: Path, text: str, *, folder: bool) -> None:
 
 def test_what_was_published_replaces_what_was_there_and_leaves_nothing_beside_it(target: Path) -> None:
     folder = target.is_dir()
-    with workspace.publish(target) as aside:
+    with files.publish(target) as aside:
         fill(aside, "new", folder=folder)
     assert tree(target.parent) == ({"target/new": "new"} if folder else {"target": "new"})
     assert [path.name for path in target.parent.iterdir()] == ["target"]
@@ -43,7 +44,7 @@ def test_what_was_published_replaces_what_was_there_and_leaves_nothing_beside_it
 
 def test_until_all_went_well_the_old_target_is_in_place(target: Path) -> None:
     before = tree(target.parent)
-    with workspace.publish(target) as aside:
+    with files.publish(target) as aside:
         fill(aside, "new", folder=target.is_dir())
         assert {name: text for name, text in tree(target.parent).items() if not name.startswith(".")} == before
 
@@ -64,7 +65,7 @@ def test_a_failure_leaves_the_old_target_and_nothing_beside_it(
     before = tree(target.parent)
 
     def fail() -> None:
-        with workspace.publish(target) as aside:
+        with files.publish(target) as aside:
             if error is not None:
                 fill(aside, "half", folder=target.is_dir())
                 raise error
@@ -76,21 +77,21 @@ def test_a_failure_leaves_the_old_target_and_nothing_beside_it(
 
 
 def test_a_full_disk_is_named_with_its_target(target: Path) -> None:
-    with pytest.raises(TpawError, match=f"{target}: could not be written .No space left"), workspace.publish(target):
+    with pytest.raises(TpawError, match=f"{target}: could not be written .No space left"), files.publish(target):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_disk_that_runs_full_leaves_the_old_target(small_disk: Path) -> None:
     target = small_disk / "target"
-    with workspace.publish(target) as aside:
+    with files.publish(target) as aside:
         aside.write_text("old")
     with (
         pytest.raises(TpawError, match=f"{target}: could not be written .No space left"),
-        workspace.publish(target) as aside,
+        files.publish(target) as aside,
     ):
         aside.write_bytes(bytes(4 << 20))
     assert tree(small_disk) == {"target": "old"}
-    with workspace.publish(target) as aside:
+    with files.publish(target) as aside:
         aside.write_text("new")
     assert tree(small_disk) == {"target": "new"}
 
@@ -161,7 +162,7 @@ def test_a_killed_holder_frees_the_workspace(first: Holder, tmp_path: Path) -> N
 
 
 def test_a_stage_that_fails_frees_the_workspace(workspace_folder: Path) -> None:
-    with pytest.raises(RuntimeError), workspace.exclusive("train@1"):
+    with pytest.raises(RuntimeError), exclusive("train@1"):
         raise RuntimeError
     later = Holder("train@1", workspace_folder)
     assert later.says() == "holds"
@@ -169,6 +170,6 @@ def test_a_stage_that_fails_frees_the_workspace(workspace_folder: Path) -> None:
 
 
 def test_what_is_needed_and_not_there_is_named_with_the_remedy(tmp_path: Path) -> None:
-    assert workspace.need(tmp_path, "make it") == tmp_path
+    assert files.need(tmp_path, "make it") == tmp_path
     with pytest.raises(TpawError, match=r"gone: does not exist; make it with `x`"):
-        workspace.need(tmp_path / "gone", "make it with `x`")
+        files.need(tmp_path / "gone", "make it with `x`")

@@ -1,6 +1,6 @@
-"""The command line: one sub-command a stage, plus what looks after a workspace and its services.
+"""The command line: one sub-command per stage, and commands that look after a workspace and its services.
 
-Heavy imports happen inside the stages, so that `tpaw --help` answers at once.
+Heavy imports happen inside the commands, so that `tpaw --help` answers at once.
 """
 
 from __future__ import annotations
@@ -8,12 +8,20 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import Annotated
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tpaw_core import preload
+from tpaw_core import console
 from tpaw_core.errors import TpawError
+from tpaw_core.processes import fork_server
+from tpaw_core.workspace.paths import Workspace
+
+if TYPE_CHECKING:
+    from tpaw_core.stages.context import Context
 
 app = typer.Typer(
     help="Team-based self-play with dual adaptive weighting (TPAW).",
@@ -22,12 +30,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 AtIteration = Annotated[int, typer.Option("--iteration", "-t", min=1, help="The iteration; t makes checkpoint t.")]
-Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
+AtCheckpoint = Annotated[int, typer.Option("--iteration", "-t", min=0, help="The checkpoint.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...")]
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+_workspace = Workspace()
 
 
 def main() -> None:
-    """Run a command; an error is one message on stderr and exit status 1, with a traceback only where asked for."""
-    if (status := preload.ask("tpaw", sys.argv[1:])) is not None:
+    """Run a command; an error is one message on stderr and exit status 1, with a traceback only on request."""
+    if (status := fork_server.ask("tpaw", sys.argv[1:])) is not None:
         sys.exit(status)
     show = "--traceback" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--traceback"]
@@ -42,106 +60,109 @@ def main() -> None:
 
 def _explanation(error: Exception) -> str | None:
     """What to tell the user instead of a traceback; None where only a traceback can help."""
-    from tpaw_core import workspace
+    from tpaw_core.workspace import files
 
     if isinstance(error, TpawError):
         return str(error)
-    if said := workspace.disk_full(error):
-        return str(said)
+    if full := files.disk_full(error, _workspace.root):
+        return str(full)
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; free space or mend the file's rights"
+        return f"{error.filename}: {error.strerror}; free up space or fix the file's permissions"
     return None
 
 
-@app.callback()
-def _callback() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+@app.callback(epilog="--traceback, after any command, shows where an error came from.")
+def _options(
+    folder: Annotated[
+        Path, typer.Option("-C", metavar="FOLDER", help="Work in this folder.", file_okay=False)
+    ] = Path(),
+) -> None:
+    global _workspace
+    if not folder.is_dir():
+        raise TpawError(f"-C {folder}: is not a folder")
+    _workspace = Workspace(folder)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
+    console.show()
 
 
 @app.command()
 def use(
-    recipe: Annotated[
-        str | None, typer.Argument(help="A recipe's name; left out, the active params are changed.")
-    ] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
+    recipe: Annotated[str | None, typer.Argument(help="A recipe's name; omit it to change the active params.")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Switch params.yaml to a recipe, with overrides."""
-    from tpaw_core import config, workspace
+    from tpaw_core.config import params_file
 
     recipe, given = _apart(recipe, overrides)
-    with workspace.exclusive("use", "flow"):  # a flow that runs has read the params
-        params = config.switch(recipe, given)
+    with _workspace.exclusive("use", "flow"):  # a running flow has read the params
+        params = params_file.switch(_workspace, recipe, given)
     print(f"params.yaml: recipe {params.recipe}{', ' + ', '.join(given) if given else ''}")
 
 
 @app.command()
 def data() -> None:
     """Make data/ from the recipe's rows."""
-    from tpaw_core import config, stages
+    from tpaw_core.stages import data as stage
 
-    counts = stages.prepare_data(config.load())
+    counts = stage.data(_context())
     print(f"data/: {counts['train']} train rows, {counts['heldout']} held-out rows")
 
 
 @app.command()
 def sft() -> None:
     """Make checkpoint 0."""
-    _stage("sft")
+    _run("sft")
 
 
 @app.command()
 def generate(iteration: AtIteration) -> None:
     """Let checkpoint t-1 answer the training prompts."""
-    _stage("generate", iteration)
+    _run("generate", iteration)
 
 
 @app.command()
 def team(iteration: AtIteration) -> None:
     """Choose the team from the registry."""
-    _stage("assemble_team", iteration)
+    _run("team", iteration)
 
 
 @app.command()
 def weights(iteration: AtIteration) -> None:
     """Score the triplets and compute the player weights."""
-    _stage("weigh", iteration)
+    _run("weights", iteration)
 
 
 @app.command()
 def train(iteration: AtIteration) -> None:
     """Make checkpoint t."""
-    _stage("train", iteration)
+    _run("train", iteration)
 
 
 @app.command()
-def evaluate(iteration: Annotated[int, typer.Option("--iteration", "-t", min=0, help="The checkpoint.")]) -> None:
+def evaluate(iteration: AtCheckpoint) -> None:
     """Run the benchmarks on checkpoint t."""
-    _stage("evaluate", iteration)
+    _run("evaluate", iteration)
 
 
 @app.command()
 def report() -> None:
-    """Write report/ from what was measured, and print its table."""
-    from tpaw_core import report as pages
+    """Write report/ from the results, and print its table."""
+    from tpaw_core.report import table as rows
 
-    _stage("report")
-    print(pages.table())
+    _run("report")
+    print(rows.table(_workspace))
 
 
 @app.command()
 def table() -> None:
-    """Print one row a checkpoint, and where the last flow run spent its time."""
-    from tpaw_core import report as pages
+    """Print one row per checkpoint, and how long the stages of the last flow run took."""
+    from tpaw_core.report import table as rows
 
-    print(pages.table())
-    if seconds := pages.flow_seconds():
+    print(rows.table(_workspace))
+    if seconds := rows.flow_seconds(_workspace):
         print("\nseconds of the last flow run by stage: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()))
         print(f"in all: {sum(seconds.values()):.0f} s")
 
@@ -149,28 +170,28 @@ def table() -> None:
 @app.command()
 def compare(
     recipe: Annotated[
-        str | None, typer.Argument(help="A recipe's name; left out, the study's own, or the active params.")
+        str | None, typer.Argument(help="A recipe's name; default: the study's own, or the active params.")
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ..., for all methods.")] = None,
     methods: Annotated[
-        list[str] | None, typer.Option("--method", "-m", help="A method's name, or 'mine:objective.eta=2'; repeat it.")
+        list[str] | None, typer.Option("--method", "-m", help="A method's name, or 'mine:objective.eta=2'; repeatable.")
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="1-5, or 1,2,7.")] = None,
     rates: Annotated[str | None, typer.Option(help="Learning rates that every method tries: 1e-4,3e-4.")] = None,
-    iterations: Annotated[int | None, typer.Option(min=1, help="How far to go.")] = None,
-    tuning_seeds: Annotated[int | None, typer.Option(min=1, help="Seeds that choose the rate.")] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="Number of iterations.")] = None,
+    tuning_seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds that choose the rate.")] = None,
     validation_rows: Annotated[int | None, typer.Option(min=1, help="Held-out rows that choose the rate.")] = None,
-    folder: Annotated[str | None, typer.Option(help="Where the study lies; default studies/RECIPE.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="The study's folder; default: studies/RECIPE.")] = None,
 ) -> None:
-    """Compare methods on a recipe, with seeds and intervals; what is made already is not made again."""
-    from pathlib import Path
-
-    from tpaw_core import comparison, owner, plan, study, study_record
-    from tpaw_core.results import failures
+    """Compare methods on a recipe, with seeds and intervals; finished cells are reused."""
+    from tpaw_core.processes import parent
+    from tpaw_core.study import mlflow_runs, page, plan, results
+    from tpaw_core.study.run import run
 
     recipe, given = _apart(recipe, overrides)
-    owner.die_with_it()
+    parent.exit_with_parent()
     home, planned = plan.make(
+        _workspace,
         recipe,
         given,
         methods=methods,
@@ -179,14 +200,14 @@ def compare(
         iterations=iterations,
         tuning_seeds=tuning_seeds,
         validation_rows=validation_rows,
-        folder=Path(folder) if folder else None,
+        folder=folder,
     )
-    results = study.run(planned, home)
-    comparison.write(planned, home, results)
-    print(comparison.table(planned, results))
-    for failure in failures(results.grid):
+    found = run(_workspace, planned, home)
+    page.write(planned, home, found)
+    print(page.table(planned, found))
+    for failure in results.failures(found.grid):
         print(f"stopped: {failure}")
-    print(f"report: {home / 'report.html'}, MLflow run {study_record.record(planned, home, results)}")
+    print(f"report: {home / 'report.html'}, MLflow run {mlflow_runs.record(_workspace, planned, home, found)}")
 
 
 @app.command()
@@ -194,73 +215,70 @@ def register(
     again: Annotated[bool, typer.Option("--again", help="Bring back versions that were deleted.")] = False,
 ) -> None:
     """Make sure that every checkpoint is registered in MLflow."""
-    from tpaw_core import config, stages
-
-    params = config.load()
-    for iteration, version in stages.register(params, stages.open_registry(params), again=again):
+    for iteration, version in _context().register(again=again):
         print(f"checkpoint {iteration}: {f'version {version}' if version else 'deleted from the registry (--again)'}")
 
 
 @app.command()
 def verify() -> None:
     """Check every digest, name and number that one file holds of another, here, in DVC's cache and in MLflow."""
-    from tpaw_core import config, integrity, stages
+    from tpaw_core.upkeep import verify as upkeep
 
-    found = integrity.check(stages.open_registry(config.load()))
-    for line in found.disagreements:
+    found = upkeep.check(_workspace, _context().registry)
+    for line in [*(f"note: {note}" for note in found.notes), *found.disagreements]:
         print(line)
     print("checked: " + ", ".join(f"{count} {kind}" for kind, count in found.checked.items()))
     if found.disagreements:
-        raise TpawError(f"{len(found.disagreements)} disagree, as said above")
+        raise TpawError(f"{len(found.disagreements)} disagreements, listed above")
     print("nothing disagrees")
 
 
 @app.command()
-def lineage(iteration: Annotated[int, typer.Option("--iteration", "-t", min=0, help="The checkpoint.")]) -> None:
+def lineage(iteration: AtCheckpoint) -> None:
     """Print where checkpoint t comes from, back to the base model."""
-    from tpaw_core import lineage as origins
+    from tpaw_core.upkeep import lineage as upkeep
 
-    print(origins.text(iteration))
+    print(upkeep.text(_workspace, iteration))
 
 
 @app.command()
-def prune(yes: Annotated[bool, typer.Option("--yes", help="Do it.")] = False) -> None:
-    """Say what no team, alias or lineage needs any more; with --yes, remove it."""
-    from tpaw_core import config, retention, stages, workspace
+def prune(yes: Annotated[bool, typer.Option("--yes", help="Delete it.")] = False) -> None:
+    """List what no team, alias or lineage needs any more; with --yes, delete it."""
+    from tpaw_core.upkeep import prune as upkeep
 
-    params = config.load()
-    with workspace.exclusive("prune"):
-        found = retention.removals(params, stages.open_registry(params))
-        for removal in found:
-            print(f"{removal.bytes / 1e6:.1f} MB: {removal.what}")
-        for removal in found if yes else []:
-            removal.remove()
-    said = "removed" if yes else "would go; `tpaw prune --yes` removes it"
-    print(f"{sum(removal.bytes for removal in found) / 1e6:.1f} MB {said}" if found else "nothing can go")
+    context = _context()
+    with _workspace.exclusive("prune"):
+        found = upkeep.deletions(context)
+        for deletion in found:
+            print(f"{deletion.bytes / 1e6:.1f} MB: {deletion.what}")
+        for deletion in found if yes else []:
+            deletion.delete()
+    done = "deleted" if yes else "can be deleted; `tpaw prune --yes` does it"
+    print(f"{sum(deletion.bytes for deletion in found) / 1e6:.1f} MB {done}" if found else "nothing can be deleted")
 
 
 @app.command()
 def up() -> None:
     """Start Prefect, MLflow and the worker on this machine."""
-    from tpaw_core import services
+    from tpaw_core.processes import services
 
-    services.up()
+    services.up(_workspace)
 
 
 @app.command()
 def down() -> None:
     """Stop what `tpaw up` started."""
-    from tpaw_core import services
+    from tpaw_core.processes import services
 
-    services.down()
+    services.down(_workspace)
 
 
 @app.command()
 def status() -> None:
-    """Say which services run."""
-    from tpaw_core import services
+    """Show which services run."""
+    from tpaw_core.processes import services
 
-    for service in services.status():
+    for service in services.status(_workspace):
         where = f", {service.url}, process {service.pid}" if service.pid else ""
         print(f"{service.name}: {service.state}{where}")
 
@@ -268,26 +286,32 @@ def status() -> None:
 @app.command("preload", hidden=True)
 def serve(address: str) -> None:
     """Import what stages need, and fork for each command that asks at this socket."""
-    preload.serve(address)
+    fork_server.serve(address)
 
 
 def _apart(recipe: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
-    """A first argument with "=" is an override, and the recipe was left out."""
+    """A first argument with "=" is an override: the recipe was omitted."""
     given = list(overrides or [])
     return (None, [recipe, *given]) if recipe is not None and "=" in recipe else (recipe, given)
 
 
-def _stage(name: str, iteration: int | None = None) -> None:
-    from tpaw_core import config
+def _context() -> Context:
+    from tpaw_core.config import params_file
+    from tpaw_core.stages.context import open_context
 
-    params = config.load()
-    if iteration is not None and iteration > len(params.iterations):
-        raise TpawError(f"--iteration {iteration}: params.yaml has {len(params.iterations)} iterations; add it there")
-    from tpaw_core import owner, stages
+    return open_context(_workspace, params_file.load(_workspace.params_file))
 
-    owner.die_with_it()
 
+def _run(name: str, iteration: int | None = None) -> None:
+    """The stage ``name``: the function of this name in the module of this name."""
+    from tpaw_core.processes import parent
+
+    context = _context()
+    if iteration is not None and iteration > len(context.params.iterations):
+        known = len(context.params.iterations)
+        raise TpawError(f"--iteration {iteration}: params.yaml has {known} iterations; add it there")
+    parent.exit_with_parent()
+    stage: Callable[..., None] = getattr(import_module(f"tpaw_core.stages.{name}"), name)
     started = time.monotonic()
-    arguments = [params] if iteration is None else [params, iteration]
-    getattr(stages, name)(*arguments, stages.open_registry(params))
+    stage(context, *([] if iteration is None else [iteration]))
     print(f"{name}{'' if iteration is None else f' {iteration}'}: {time.monotonic() - started:.1f} s", flush=True)

@@ -2,7 +2,7 @@
 
 
 class TpawError(Exception):
-    """Something the user can mend.
+    """Something the user can fix.
 
     The message names the file, row or key and says what to do. The command line prints it alone, without a
     traceback, and exits with status 1.
@@ -12,7 +12,7 @@ class TpawError(Exception):
 
 
 class Unavailable(TpawError):
-    """A service did not answer: the same command may work later."""
+    """A service did not answer: the same command may succeed later."""
 
     exit_status = 75  # EX_TEMPFAIL
 

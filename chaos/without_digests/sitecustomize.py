@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tpaw_core import checkpoint, score_store
+from tpaw_core.artifacts import checkpoint
 
 
 class _Blind:

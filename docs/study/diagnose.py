@@ -21,8 +21,16 @@ from typing import Any
 import pandas as pd
 from latent_skill import without_carry
 
-from tpaw_core import checkpoint, config, corpus, data, evaluation, generation, results, scoring, template, workspace
-from tpaw_core.plan import PLAN_FILE, Plan
+from tpaw_core.artifacts import checkpoint
+from tpaw_core.config.params import Generation, Params
+from tpaw_core.data import arithmetic, encoding
+from tpaw_core.data.endings import Response
+from tpaw_core.data.rows import Row, read_rows
+from tpaw_core.engine import scoring
+from tpaw_core.engine.generation import in_process
+from tpaw_core.evaluation.answers import answer
+from tpaw_core.study import results
+from tpaw_core.study.plan import PLAN_FILE, Plan
 
 ROWS, PATTERN = 500, r"#### (-?\d+)"
 Problem = tuple[str, str]  # its text and the answer
@@ -33,8 +41,8 @@ def wider(count: int) -> list[Problem]:
     draw = random.Random(1)
     found = []
     for _ in range(count):
-        name, other = draw.sample(corpus.NAMES, 2)
-        thing = draw.choice(corpus.THINGS)
+        name, other = draw.sample(arithmetic.NAMES, 2)
+        thing = draw.choice(arithmetic.THINGS)
         have, more, less = (draw.randint(20, 39) for _ in range(3))
         text = f"{name} has {have} {thing}. {name} buys {more} more and then gives {less} to {other}. "
         found.append((f"{text}How many {thing} does {name} have now?", str(have + more - less)))
@@ -46,7 +54,7 @@ def phrased(count: int) -> list[Problem]:
     draw = random.Random(2)
     found = []
     for _ in range(count):
-        name, thing = draw.choice(corpus.NAMES), draw.choice(corpus.THINGS)
+        name, thing = draw.choice(arithmetic.NAMES), draw.choice(arithmetic.THINGS)
         have, more = draw.randint(3, 19), draw.randint(3, 19)
         less = draw.randint(2, min(have + more - 1, 19))
         text = f"There are {have} {thing} and {name} adds {more} more. Then {name} takes {less} of them. "
@@ -59,8 +67,8 @@ def carries(count: int) -> list[tuple[str, str, str]]:
     draw = random.Random(3)
     found = []
     while len(found) < count:
-        name, other = draw.sample(corpus.NAMES, 2)
-        thing, place = draw.choice(corpus.THINGS), draw.choice(corpus.PLACES)
+        name, other = draw.sample(arithmetic.NAMES, 2)
+        thing, place = draw.choice(arithmetic.THINGS), draw.choice(arithmetic.PLACES)
         have, more, less = (draw.randint(3, 19) for _ in range(3))
         wrong = without_carry(without_carry(have, more), less)
         if wrong != have + more + less:
@@ -69,28 +77,28 @@ def carries(count: int) -> list[tuple[str, str, str]]:
     return found
 
 
-def diagnose(folder: Path, params: config.Params, rows: Sequence[data.Row]) -> dict[str, float]:
+def diagnose(folder: Path, params: Params, rows: Sequence[Row]) -> dict[str, float]:
     """The figures of one checkpoint."""
     model, tokenizer = checkpoint.load_model(folder), checkpoint.load_tokenizer(folder)
     options: dict[str, Any] = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id, "seed": 0}
-    settings = config.Generation(max_new_tokens=params.generation.max_new_tokens, batch_size=500)
+    settings = Generation(max_new_tokens=params.generation.max_new_tokens, batch_size=500)
 
-    def answers(texts: Sequence[str], temperature: float) -> tuple[list[Any], list[generation.Response], list[str]]:
-        prompts = template.encode_prompts([[{"role": "user", "content": text}] for text in texts], tokenizer)
+    def answers(texts: Sequence[str], temperature: float) -> tuple[list[Any], list[Response], list[str]]:
+        prompts = encoding.encode_prompts([[{"role": "user", "content": text}] for text in texts], tokenizer)
         own = settings.model_copy(update={"temperature": temperature})
-        found = generation.generate(model, prompts, own, max_length=params.model.max_length, **options)
+        found = in_process.generate(model, prompts, own, max_length=params.model.max_length, **options)
         said = tokenizer.batch_decode([list(r.ids) for r in found], skip_special_tokens=True)
-        return prompts, found, [evaluation.answer(text, PATTERN) or "" for text in said]
+        return prompts, found, [answer(text, PATTERN) or "" for text in said]
 
     def right(problems: Sequence[Problem]) -> float:
         _, _, said = answers([text for text, _ in problems], 0.0)
         return sum(a == b for a, (_, b) in zip(said, problems, strict=True)) / len(problems)
 
     texts = [row.prompt[-1]["content"] for row in rows]
-    truth = [evaluation.answer(row.completion, PATTERN) for row in rows]
+    truth = [answer(row.completion, PATTERN) for row in rows]
     prompts, sampled, said = answers(texts, 1.0)
     logps = scoring.score(model, [(p, r.ids) for p, r in zip(prompts, sampled, strict=True)], pad_id=options["pad_id"])
-    encoded = template.encode(rows, tokenizer, max_length=params.model.max_length, max_skipped=0.0, name="held-out")
+    encoded = encoding.encode(rows, tokenizer, max_length=params.model.max_length, max_skipped=0.0, name="held-out")
     targets = list(zip(encoded.prompts, encoded.chosen, strict=True))
     prompts, greedy, best = answers(texts, 0.0)
     sure = scoring.score(model, [(p, r.ids) for p, r in zip(prompts, greedy, strict=True)], pad_id=options["pad_id"])
@@ -133,7 +141,7 @@ def main() -> None:
         for number, method in enumerate(plan.methods):
             cell = plan.cell(method, arguments.rate or best[method], seed)
             os.chdir(cell.folder(arguments.study))
-            rows = [row for _, row in zip(range(ROWS), data.read(workspace.HELDOUT_ROWS), strict=False)]
+            rows = [row for _, row in zip(range(ROWS), read_rows(workspace.heldout_rows), strict=False)]
             if number == 0:  # all methods start from one checkpoint
                 figures = diagnose(workspace.checkpoint(0), cell.params, rows)
                 found.append({"method": "SFT, the start", "seed": seed, "iteration": 0, **figures})

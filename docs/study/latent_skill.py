@@ -17,7 +17,11 @@ import random
 import re
 from pathlib import Path
 
-from tpaw_core import config, corpus, stages
+from tpaw_core.config import params_file
+from tpaw_core.data import arithmetic
+from tpaw_core.stages.data import data
+from tpaw_core.stages.evaluate import evaluate
+from tpaw_core.stages.sft import sft
 
 BASE_ROWS, CLEAN_ROWS, HELDOUT_ROWS = 12_000, 200, 5_500
 HABIT = 0.6
@@ -58,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    problems = corpus.problems(BASE_ROWS + HELDOUT_ROWS + CLEAN_ROWS * len(SEEDS), seed=0)
+    problems = arithmetic.problems(BASE_ROWS + HELDOUT_ROWS + CLEAN_ROWS * len(SEEDS), seed=0)
     base, heldout, clean = (
         problems[:BASE_ROWS],
         problems[BASE_ROWS : BASE_ROWS + HELDOUT_ROWS],
@@ -70,7 +74,7 @@ def main() -> None:
     write(folder / "heldout.jsonl", heldout)
     for number, seed in enumerate(SEEDS):
         write(folder / f"clean-{seed}.jsonl", clean[number * CLEAN_ROWS : (number + 1) * CLEAN_ROWS])
-    params, _ = config.resolve(
+    params, _ = params_file.resolve(
         "demo",
         [
             f"data.path={(folder / 'base.jsonl').resolve()}",
@@ -82,9 +86,9 @@ def main() -> None:
     )
     (folder / "base").mkdir(exist_ok=True)
     os.chdir(folder / "base")
-    stages.prepare_data(params)
-    stages.sft(params, None)
-    stages.evaluate(params, 0, None)
+    data(params)
+    sft(params, None)
+    evaluate(params, 0, None)
 
 
 if __name__ == "__main__":

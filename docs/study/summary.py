@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from tpaw_core import claims, comparison, results
-from tpaw_core.plan import PLAN_FILE, Plan
-from tpaw_core.report import aligned
+from tpaw_core.report.table import aligned
+from tpaw_core.study import claims, page, results
+from tpaw_core.study.plan import PLAN_FILE, Plan
 
 HOME = Path(__file__).parent
 TASKS = ("latent-skill", "mawps", "demo")
@@ -40,18 +40,18 @@ def main() -> None:
 
 def _accuracy(plans: dict[str, Plan], grids: dict[str, pd.DataFrame]) -> str:
     rows = {
-        task: {row.method: row for row in comparison.rows(plan, grids[task][grids[task]["chosen"]])}
+        task: {row.method: row for row in page.rows(plan, grids[task][grids[task]["chosen"]])}
         for task, plan in plans.items()
     }
     lines = [["method", *(f"{task}, rate" for task in TASKS)]]
-    lines.append(["SFT, the start", *(comparison.points(rows[task]["tpaw"].accuracy[0]) for task in TASKS)])
+    lines.append(["SFT, the start", *(page.points(rows[task]["tpaw"].accuracy[0]) for task in TASKS)])
     for method in dict.fromkeys(name for task in TASKS for name in rows[task]):
         cells = []
         for task in TASKS:
             row = rows[task].get(method)
             minus = row.differences.get("sft") if row else None
-            end = f" ({comparison.signed(minus)})" if minus else ""
-            cells.append(f"{comparison.points(row.accuracy[-1])}{end}, {row.learning_rate}" if row else "-")
+            end = f" ({page.signed(minus)})" if minus else ""
+            cells.append(f"{page.points(row.accuracy[-1])}{end}, {row.learning_rate}" if row else "-")
         lines.append([method, *cells])
     return "\n".join(aligned(lines))
 
@@ -83,7 +83,7 @@ def _claims(grids: dict[str, pd.DataFrame]) -> str:
         lines.append(f"- **{claim.name}. {claim.text}.**")
         for task in TASKS:
             own = judged[task][number]
-            said = "; ".join(f"{s.text} {comparison.signed(s.interval, s.scale)}" for s in own.statements)
+            said = "; ".join(f"{s.text} {page.signed(s.interval, s.scale)}" for s in own.statements)
             lines.append(f"  - {task}: **{own.verdict}.** {said}")
     return "\n".join(lines)
 

@@ -1,0 +1,191 @@
+"""checkpoints/<t>: a folder that `from_pretrained` loads, with a manifest of SHA-256 sums; safetensors only.
+
+Written, sealed, loaded and verified here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import Field
+
+from tpaw_core.artifacts import code
+from tpaw_core.data import endings
+from tpaw_core.errors import TpawError
+from tpaw_core.workspace import files, records
+from tpaw_core.workspace.paths import Workspace
+from tpaw_core.workspace.records import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MANIFEST = "manifest.json"
+VERSIONED = ("tpaw", "torch", "transformers", "tokenizers")
+PICKLE = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+
+
+class Manifest(Record):
+    """manifest.json."""
+
+    iteration: int
+    digest: str  # of `files`: the checkpoint's identity
+    parent: str | None  # digest of the checkpoint it was trained from
+    team: list[str]  # digests of the members, newest first
+    made_from: dict[str, str]  # what else was read -> its digest
+    params: dict[str, Any]  # the parameters that decide its bytes
+    versions: dict[str, str]  # of Python and the packages that decide its bytes
+    code: dict[str, str] = Field(
+        default_factory=dict
+    )  # part -> digest of the code that decided its bytes; older manifests have none
+    files: dict[str, str]  # name -> SHA-256
+
+
+class Origin(NamedTuple):
+    """Where a checkpoint comes from, as its manifest records it."""
+
+    parent: str | None = None
+    team: Sequence[str] = ()
+    made_from: Mapping[str, str] = {}
+    params: Mapping[str, Any] = {}
+
+
+def write(
+    workspace: Workspace,
+    iteration: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    origin: Origin,
+    *,
+    dtype: str,
+) -> None:
+    """The model in ``dtype`` (a name in torch), its tokenizer and the manifest; in place only when complete."""
+    import torch
+
+    with workspace.publish(workspace.checkpoint(iteration)) as aside:
+        model.to(getattr(torch, dtype)).save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        seal(aside, iteration, origin)
+    workspace.pruned(iteration).unlink(missing_ok=True)
+
+
+def seal(folder: Path, iteration: int, origin: Origin) -> Manifest:
+    """Write the manifest of a finished checkpoint folder."""
+    sums = {path.name: files.sha256(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    manifest = Manifest(
+        iteration=iteration,
+        digest=files.digest(sums),
+        parent=origin.parent,
+        team=list(origin.team),
+        made_from=dict(origin.made_from),
+        params=dict(origin.params),
+        versions=_versions(),
+        code=code.digests(),
+        files=sums,
+    )
+    (folder / MANIFEST).write_text(manifest.text())
+    return manifest
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        with contextlib.suppress(PackageNotFoundError):  # the code may run from a folder, uninstalled
+            found[name] = version(name)
+    return found
+
+
+def manifest(workspace: Workspace, iteration: int) -> Manifest:
+    """The manifest of checkpoint ``iteration``, its files not looked at; a pruned checkpoint has left its own behind.
+
+    Raises TpawError where it is missing or damaged.
+    """
+    folder, pruned = workspace.checkpoint(iteration), workspace.pruned(iteration)
+    return _read(pruned if not folder.exists() and pruned.exists() else folder / MANIFEST, folder)
+
+
+def _read(path: Path, folder: Path) -> Manifest:
+    files.need(path, f"make checkpoint {folder.name} first, or restore it with `dvc checkout`")
+    remedy = f"restore it with `dvc checkout {folder}` or make it again"
+    found = records.read(path, Manifest, remedy)
+    if files.digest(found.files) != found.digest:
+        raise TpawError(f"{path}: is damaged; {remedy}")
+    return found
+
+
+def verify(workspace: Workspace, iteration: int) -> Manifest:
+    """The manifest, after checking that every file is there, unchanged, and none is a pickle.
+
+    Raises TpawError naming the file.
+    """
+    found, folder = manifest(workspace, iteration), workspace.checkpoint(iteration)
+    if not folder.exists():
+        raise TpawError(f"{folder}: was pruned; make it again with `dvc repro train@{iteration}`")
+    remedy = f"restore it with `dvc checkout --force {folder}` or make the checkpoint again"
+    for path in folder.iterdir():
+        if path.suffix in PICKLE:
+            raise TpawError(f"{path}: is a pickle file, which can run code when loaded; use safetensors")
+        if path.name != MANIFEST and path.name not in found.files:
+            raise TpawError(f"{path}: is not in the manifest; remove it, or {remedy}")
+    for name, sha in found.files.items():
+        path = folder / name
+        if Path(name).name != name:
+            raise TpawError(f"{folder / MANIFEST}: {name!r} lies outside the checkpoint's folder")
+        if not path.is_file():
+            raise TpawError(f"{path}: is missing; {remedy}")
+        if files.sha256(path) != sha:
+            raise TpawError(f"{path}: has changed since it was made; {remedy}")
+    return found
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Of a checkpoint, a folder or a hub id. Raises TpawError where it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _load(AutoTokenizer, source, revision)
+    for name in ("is_local", "local_files_only"):  # how it was loaded would be saved with it, and change the digest
+        tokenizer.init_kwargs.pop(name, None)
+    return tokenizer
+
+
+def load_model(source: str | Path, *, dtype: str = "auto", revision: str | None = None) -> PreTrainedModel:
+    """The model in evaluation mode, on the accelerator if there is one. Raises TpawError where it cannot be loaded."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    model = _load(AutoModelForCausalLM, source, revision, dtype=dtype, use_safetensors=True)
+    # What a model brings along (a repetition penalty, a minimal length) would sample from something other than pi.
+    model.generation_config = GenerationConfig(eos_token_id=endings.saved_stop_ids(model.config))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def identity(model: PreTrainedModel, source: str | Path) -> str:
+    """Of a base model: the digest of a folder's weights, or the hub's commit."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return str(model.config._commit_hash)
+    if (folder / MANIFEST).exists():
+        return _read(folder / MANIFEST, folder).digest
+    return files.digest({path.name: files.sha256(path) for path in sorted(folder.glob("*.safetensors"))})
+
+
+def _load(loader: Any, source: str | Path, revision: str | None, **options: Any) -> Any:
+    from safetensors import SafetensorError
+
+    if Path(source).is_dir():
+        pickles = [p for p in Path(source).iterdir() if p.suffix in PICKLE]
+        if pickles and not list(Path(source).glob("*.safetensors")):
+            raise TpawError(f"{pickles[0]}: is a pickle file, which can run code when loaded; use safetensors")
+    try:
+        return loader.from_pretrained(source, revision=revision, trust_remote_code=False, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        offline = (
+            " HF_HUB_OFFLINE is set: unset it, or name a local folder." if os.environ.get("HF_HUB_OFFLINE") else ""
+        )
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TpawError(f"model {str(source)!r}: cannot be loaded.{offline} ({first})") from None

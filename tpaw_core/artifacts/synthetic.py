@@ -1,0 +1,101 @@
+"""synthetic/<t>.parquet: the answers of checkpoint t-1 to the prompts that iteration t plays on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tpaw_core.artifacts.parquet import readable
+from tpaw_core.data.rows import Row
+from tpaw_core.data.tokens import TokenRows
+from tpaw_core.errors import TpawError
+from tpaw_core.workspace import files, records
+
+if TYPE_CHECKING:
+    from tpaw_core.data.encoding import EncodedRows
+    from tpaw_core.data.endings import Response
+
+
+ROWS_AT_A_TIME = 1000
+
+
+def write_synthetic(
+    path: Path,
+    iteration: int,
+    opponent: str,
+    rows: Iterable[Row],
+    encoded: EncodedRows,
+    responses: Sequence[Response],
+    tokenizer: Any,
+) -> None:
+    """A few rows at a time: their texts are read from the file once more."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        {
+            "prompt_id": pa.string(),
+            "iteration": pa.int64(),
+            "opponent": pa.string(),
+            "prompt": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+            "chosen": pa.string(),
+            "rejected": pa.string(),
+            "rejected_ids": pa.list_(pa.int32()),
+            "finish_reason": pa.string(),
+        }
+    )
+    kept = set(encoded.row_ids)  # a prompt without room for an answer has none
+    answered = zip((row for row in rows if row.prompt_id in kept), responses, strict=True)
+    with pq.ParquetWriter(path, schema) as file:
+        while some := list(islice(answered, ROWS_AT_A_TIME)):
+            ids = [list(r.ids) for _, r in some]
+            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            columns = zip(
+                *(
+                    (row.prompt_id, iteration, opponent, row.prompt, row.completion, text, own, r.finish_reason)
+                    for (row, r), text, own in zip(some, texts, ids, strict=True)
+                ),
+                strict=True,
+            )
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+            file.write_batch(pa.record_batch(arrays, schema=schema))
+
+
+def read_responses(path: str | Path, row_ids: list[str], sha256: str | None = None) -> TokenRows:
+    """The ids that an opponent generated, in the order of ``row_ids``.
+
+    Raises TpawError where a row is missing, or the file is not the one with the digest ``sha256``.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = files.need(Path(path), records.RESTORE)
+    if sha256 is not None and files.sha256(path) != sha256:
+        raise TpawError(f"{path}: has changed since the team was made; restore it with `dvc checkout --force {path}`")
+    with readable(path):
+        table = pq.read_table(path, columns=["prompt_id", "rejected_ids"]).combine_chunks()
+        ids = table["rejected_ids"].combine_chunks()
+        if ids.null_count or not pa.types.is_list(ids.type) or not pa.types.is_integer(ids.type.value_type):
+            raise ValueError("rejected_ids is not a list of token ids in every row")
+        found = TokenRows.of(ids.values.to_numpy(), ids.offsets.to_numpy())
+        names = table["prompt_id"].cast(pa.string()).to_pylist()
+    if names == row_ids:
+        return found
+    place = {name: number for number, name in enumerate(names)}
+    missing = [name for name in row_ids if name not in place]
+    if missing:
+        raise TpawError(f"{path}: lacks {len(missing)} rows of data/train.jsonl, the first {missing[0]}; make it again")
+    return TokenRows(found[place[name]] for name in row_ids)
+
+
+def equal_share(synthetic: Path) -> float | None:
+    """The share of answers in synthetic/<t>.parquet that equal their target; None where there is no such file."""
+    if not synthetic.exists():
+        return None
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(synthetic, columns=["chosen", "rejected"])
+    pairs = zip(*(table[name].to_pylist() for name in ("chosen", "rejected")), strict=True)
+    return sum(chosen == rejected for chosen, rejected in pairs) / table.num_rows

@@ -1,0 +1,52 @@
+"""teams/<t>.json: the checkpoints that play iteration t."""
+
+from __future__ import annotations
+
+from tpaw_core.errors import TpawError
+from tpaw_core.workspace import files, records
+from tpaw_core.workspace.paths import Workspace
+from tpaw_core.workspace.records import Record
+
+
+class Member(Record):
+    """A checkpoint of the team: its answers in ``synthetic`` are negatives, its log-probabilities references."""
+
+    iteration: int
+    version: int
+    digest: str
+    checkpoint: str
+    synthetic: str
+    synthetic_sha256: str
+
+
+class Team(Record):
+    """Members, newest first. All are opponents; the first ``players`` of them judge."""
+
+    iteration: int
+    policy: str
+    players: int
+    members: list[Member]
+
+    @property
+    def judges(self) -> list[Member]:
+        return self.members[: self.players]
+
+
+def read_team(workspace: Workspace, iteration: int) -> Team:
+    """Raises TpawError where the file is missing, damaged or names other paths than the workspace has."""
+    again = f"`tpaw team --iteration {iteration}`"
+    path = files.need(workspace.team(iteration), f"make it with {again}")
+    found = records.read(path, Team, f"make it again with {again}")
+    sound = 1 <= found.players <= len(found.members) and all(
+        member.checkpoint == workspace.name(workspace.checkpoint(member.iteration))
+        and member.synthetic == workspace.name(workspace.synthetic(member.iteration + 1))
+        for member in found.members
+    )
+    if not sound:
+        raise TpawError(f"{path}: is damaged; make it again with {again}")
+    return found
+
+
+def write_team(workspace: Workspace, team: Team) -> None:
+    with workspace.publish(workspace.team(team.iteration)) as aside:
+        aside.write_text(team.text())

@@ -1,0 +1,56 @@
+"""weights/<t>.parquet: the judges' log-probabilities of every triplet, and the player weights beta."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from tpaw_core.artifacts.parquet import readable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+NUMBERS = ("players_chosen", "players_rejected", "beta")
+
+
+class Weights(NamedTuple):
+    """n opponents' triplets with K players, opponent by opponent."""
+
+    prompt_ids: list[str]  # [n * rows]
+    opponents: list[str]  # [n * rows] digests
+    players_chosen: NDArray[np.float64]  # [n * rows, K]  log pi_j(y|x)
+    players_rejected: NDArray[np.float64]  # [n * rows, K]  log pi_j(g|x)
+    beta: NDArray[np.float64]  # [n * rows, K]
+
+
+def write_weights(path: Path, weights: Weights) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {"prompt_id": weights.prompt_ids, "opponent": weights.opponents}
+    for name in NUMBERS:
+        values = getattr(weights, name)
+        columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+    pq.write_table(pa.table(columns), path)
+
+
+def read_weights(path: Path, players: int) -> Weights:
+    """Raises TpawError where a column is not one finite number per player in every row."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    values = []
+    with readable(path):
+        table = pq.read_table(path, columns=["prompt_id", "opponent", *NUMBERS])
+        for name in NUMBERS:
+            column = table[name].combine_chunks()
+            sound = pa.types.is_fixed_size_list(column.type) and pa.types.is_float64(column.type.value_type)
+            if not sound or column.type.list_size != players or column.null_count:
+                raise ValueError(f"{name} is not one number for each of {players} players")
+            numbers = column.flatten().to_numpy()  # raises where one is null
+            if not np.isfinite(numbers).all():
+                raise ValueError(f"{name} is not finite in every row")
+            values.append(numbers.reshape(-1, players))
+        return Weights(table["prompt_id"].to_pylist(), table["opponent"].to_pylist(), *values)

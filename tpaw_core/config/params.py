@@ -1,0 +1,214 @@
+"""The parameters: one typed tree. Field names are Hugging Face's where they have one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from tpaw_core.workspace.files import digest
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Scratch(Section):
+    """A Llama-architecture model and a byte-level BPE tokenizer made from the training rows."""
+
+    vocab_size: Annotated[int, Field(ge=300)] = 512
+    hidden_size: Count = 128
+    intermediate_size: Count = 384
+    num_hidden_layers: Count = 3
+    num_attention_heads: Count = 4
+
+
+class Model(Section):
+    model_name_or_path: str | None = None  # hub id or local folder; null: train `scratch` from nothing
+    revision: str | None = None
+    chat_template: str | None = None  # Jinja text for a tokenizer that has none
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of checkpoints on disk, generation and scoring
+    max_length: Count = 1024  # prompt and response together, in tokens
+    scratch: Scratch | None = None
+
+
+class Data(Section):
+    path: str  # "arithmetic", a JSONL / Parquet / CSV file, or a hub id
+    heldout_path: str | None = None  # a second file; a hub data set uses heldout_split
+    dataset_config: str | None = None  # a hub data set's configuration, e.g. "main"
+    train_split: str = "train"
+    heldout_split: str = "test"
+    format: Literal["auto", "mawps"] = "auto"
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    max_train_rows: Count | None = None
+    max_heldout_rows: Count | None = None
+    max_self_play_rows: Count | None = None  # only the first N training rows are used for self-play; SFT uses all
+    validation_rows: Count | None = None  # the first N held-out rows become the benchmark `validation`
+    drop_overlap: bool = False  # leave held-out rows out whose prompt is in train, instead of stopping
+    max_skipped: Fraction = 0.01  # share of unusable rows above which a stage stops
+
+
+class Optimisation(Section):
+    """What sft and training share; each field is transformers.TrainingArguments' field of the same name."""
+
+    learning_rate: Positive
+    num_train_epochs: Positive
+    per_device_train_batch_size: Count  # prompts, each with its target and (in training) all responses of the team
+    gradient_accumulation_steps: Count = 1
+    max_tokens: Count = 4096  # most tokens of one forward and backward pass; a longer batch is cut into several
+    optim: str = "adamw_torch"
+    weight_decay: NotNegative = 0.0
+    lr_scheduler_type: str = "linear"
+    warmup_ratio: Fraction = 0.1
+    max_grad_norm: NotNegative = 1.0
+    bf16: bool = False
+    activation_checkpointing: bool = False
+    save_steps: Count = 100  # a multiple of logging_steps, so that a resumed log equals an uninterrupted one
+    logging_steps: Count = 10
+
+    @model_validator(mode="after")
+    def _save_after_log(self) -> Optimisation:
+        if self.save_steps % self.logging_steps:
+            raise ValueError(f"save_steps: must be a multiple of logging_steps ({self.logging_steps})")
+        return self
+
+
+class Sft(Optimisation):
+    enabled: bool = True  # false: checkpoint 0 is model.model_name_or_path as it is
+
+
+class Generation(Section):
+    backend: Literal["transformers", "vllm"] = "transformers"
+    python: str | None = None  # interpreter that has vllm; null: .venv-vllm/bin/python
+    temperature: NotNegative = 1.0  # 0: greedy
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: Count = 512
+    batch_size: Count = 64
+
+
+class Team(Section):
+    policy: Literal["latest"] = "latest"
+    size: Count = 3
+    players: Count | None = None  # how many of the newest members judge; every member is an opponent. null: all judge
+    # Iterations, or digests of checkpoints (8 characters or more), that never play.
+    exclude: list[int | Annotated[str, Field(pattern="^[0-9a-f]{8,64}$")]] = []
+
+
+class Objective(Section):
+    name: Literal["tpaw", "spin", "tspin", "space", "dpo_nll", "sft"] = "tpaw"
+    lambda_: Positive = Field(default=0.1, alias="lambda")
+    eta: Annotated[float, Field(ge=1)] = 6.0
+    gamma: NotNegative = 0.5
+    target_weighting: bool = True  # TRW; false: alpha = 1
+    player_weighting: bool = True  # MPW; false: beta = 1 / players
+    history: NotNegative = 0.1  # T-SPIN's weight of its second term, from iteration 2 on
+    drop_equal: bool = False  # a variant: leave triplets out whose response equals the target
+    per_token: bool = False  # a variant: lambda times the targets' mean length, over the length of each text
+
+
+class Evaluation(Section):
+    """lm-evaluation-harness tasks by name; `heldout` and `validation` are this project's, on data/<name>.jsonl."""
+
+    tasks: Annotated[list[str], Field(min_length=1)] = ["heldout"]
+    primary: str = "heldout"
+    metric: str = "exact_match"
+    answer_pattern: str = r"#### (\-?[0-9\.\,]+)"
+    max_new_tokens: Count = 512
+    batch_size: Count = 64
+    limit: Count | None = None
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"is not a regular expression ({error})") from None
+        return pattern
+
+
+class Iteration(Section):
+    """One entry of `iterations`: its parent, and what this iteration alone sets differently."""
+
+    previous: Annotated[int, Field(ge=0)]
+    learning_rate: Positive | None = None
+    lambda_: Positive | None = Field(default=None, alias="lambda")
+    eta: Annotated[float, Field(ge=1)] | None = None
+
+
+class Params(Section):
+    recipe: str
+    seed: int = 42
+    model: Model
+    data: Data
+    sft: Sft
+    generation: Generation = Generation()
+    team: Team = Team()
+    objective: Objective = Field(default_factory=lambda: Objective.model_validate({}))
+    training: Optimisation
+    evaluation: Evaluation = Evaluation()
+    iterations: Annotated[dict[str, Iteration], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _agree(self) -> Params:
+        if self.model.model_name_or_path is None and self.model.scratch is None:
+            raise ValueError("model: give model_name_or_path, or scratch to train a small model from nothing")
+        if self.model.model_name_or_path is None and not self.sft.enabled:
+            raise ValueError("sft.enabled: a model from scratch knows nothing; set it to true, or name a ready model")
+        if self.objective.name != "tpaw" and 1 not in (self.team.size, self.team.players):
+            raise ValueError(f"team.players: objective.name={self.objective.name} has one player; set team.players=1")
+        if "validation" in self.evaluation.tasks and self.data.validation_rows is None:
+            raise ValueError("data.validation_rows: evaluation.tasks names validation; say how many rows it gets")
+        own = {"heldout", "validation"} & {
+            self.evaluation.primary,
+            *self.evaluation.tasks,
+        }  # what a group holds only the harness knows
+        if self.evaluation.primary not in self.evaluation.tasks and own:
+            raise ValueError(f"evaluation.primary: {self.evaluation.primary!r} is not in evaluation.tasks")
+        for number, (key, entry) in enumerate(self.iterations.items(), start=1):
+            if key != str(number) or entry.previous != number - 1:
+                raise ValueError(f"iterations.{key}: write '{number}': {{previous: {number - 1}}} here, in this order")
+        return self
+
+    def objective_at(self, iteration: int) -> Objective:
+        """The objective of one iteration: what `iterations.<t>` says wins; only TPAW has weights."""
+        own, plain = self.iterations[str(iteration)], self.objective.name != "tpaw"
+        changes = {name: value for name in ("lambda_", "eta") if (value := getattr(own, name)) is not None}
+        if plain or not self.objective.target_weighting:
+            changes["eta"] = 1.0
+        if plain or not self.objective.player_weighting:
+            changes["gamma"] = 0.0
+        if iteration == 1:  # checkpoint 0's answers are the only ones
+            changes["history"] = 0.0
+        return self.objective.model_copy(update=changes)
+
+    def training_at(self, iteration: int) -> Optimisation:
+        """The optimisation of one iteration: `iterations.<t>.learning_rate` wins."""
+        own = self.iterations[str(iteration)].learning_rate
+        return self.training if own is None else self.training.model_copy(update={"learning_rate": own})
+
+    @property
+    def checkpoint_dtype(self) -> str:
+        """As the model came, where that is a choice: training itself runs in float32."""
+        if self.model.dtype == "auto":
+            return "bfloat16" if self.training.bf16 else "float32"
+        return self.model.dtype
+
+    def digest(self) -> str:
+        return digest(self.model_dump(by_alias=True))
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree's leaves by dotted key."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return leaves

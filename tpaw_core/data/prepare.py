@@ -1,0 +1,172 @@
+"""data/: the rows that a recipe asks for, checked, split and written; origin.json says what they were made from."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+from tpaw_core.config.params import Data
+from tpaw_core.data import arithmetic
+from tpaw_core.data.mawps import as_prompt_and_equation
+from tpaw_core.data.rows import Row, Unusable, prompt_digest, refuse_if_too_many, usable_row
+from tpaw_core.data.sources import Source, is_file, read_file, read_hub
+from tpaw_core.errors import TpawError
+from tpaw_core.workspace import files, records
+from tpaw_core.workspace.paths import Workspace
+from tpaw_core.workspace.records import Record
+
+AGAIN = "make data/ again with `tpaw data`"
+logger = logging.getLogger(__name__)
+
+
+class Origin(Record):
+    """data/origin.json."""
+
+    made_from: str  # digest of settings, seed and source files
+    rows: dict[str, int]
+    files: dict[str, str]  # name -> SHA-256
+
+
+def prepare(workspace: Workspace, data: Data, seed: int) -> dict[str, int]:
+    """Write data/train.jsonl and data/heldout.jsonl from the recipe's source. Returns the number of rows of each.
+
+    Reads: data.path (and heldout_path). Writes: data/. Refuses: a missing, empty or broken file, more than
+    data.max_skipped unusable rows, one prompt in both train and held-out.
+    """
+    made_from = _made_from(workspace, data, seed)
+    if (counts := _up_to_date(workspace, made_from)) is not None:
+        return counts
+    if data.path == "arithmetic":
+        train_count, heldout_count = data.max_train_rows or 4000, data.max_heldout_rows or 1000
+        pairs = [
+            {"prompt": problem, "completion": answer}
+            for problem, answer in arithmetic.problems(train_count + heldout_count, seed)
+        ]
+        sources = Source("arithmetic", pairs[:train_count]), Source("arithmetic", pairs[train_count:])
+    elif is_file(workspace.input(data.path)):
+        if data.heldout_path is None:
+            raise TpawError("data.heldout_path: name the file with the held-out rows")
+        sources = read_file(workspace.input(data.path)), read_file(workspace.input(data.heldout_path))
+    else:
+        sources = read_hub(data, data.train_split), read_hub(data, data.heldout_split)
+    paths = {"train": workspace.train_rows, "heldout": workspace.heldout_rows}
+    if data.validation_rows is not None:
+        paths["validation"] = workspace.validation_rows
+    with ExitStack() as stack:
+        aside = {name: stack.enter_context(workspace.publish(path)) for name, path in paths.items()}
+        prompts: set[bytes] = set()
+        counts = {"train": _write(aside["train"], _noted(_usable(sources[0], data, data.max_train_rows), prompts))}
+        held = _apart(_usable(sources[1], data, data.max_heldout_rows), prompts, sources[1].name, data.drop_overlap)
+        if data.validation_rows is not None:
+            counts["validation"] = _write(aside["validation"], islice(held, data.validation_rows))
+        counts["heldout"] = _write(aside["heldout"], held)
+        if not counts["heldout"]:
+            raise TpawError(f"data.validation_rows: {data.validation_rows} leaves none of the held-out rows; lower it")
+    if data.validation_rows is None:
+        workspace.validation_rows.unlink(missing_ok=True)
+    sums = {path.name: files.sha256(path) for path in paths.values()}
+    with workspace.publish(_origin(workspace)) as aside_origin:
+        aside_origin.write_text(Origin(made_from=made_from, rows=counts, files=sums).text())
+    return counts
+
+
+def _write(path: Path, rows: Iterable[Row]) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def _origin(workspace: Workspace) -> Path:
+    return workspace.data / "origin.json"
+
+
+def _made_from(workspace: Workspace, data: Data, seed: int) -> str:
+    """Digest of everything that decides the rows: settings, seed, and the bytes of local files."""
+    paths = [workspace.input(path) for path in (data.path, data.heldout_path) if path]
+    sums = [files.sha256(path) for path in paths if path.is_file()]
+    return files.digest([data.model_dump(exclude={"max_self_play_rows"}), seed, sums])
+
+
+def _up_to_date(workspace: Workspace, made_from: str) -> dict[str, int] | None:
+    """The numbers of rows in data/ where it is unchanged and was made from the same."""
+    try:
+        found = records.read(_origin(workspace), Origin)
+        same = all(files.sha256(workspace.data / name) == sha for name, sha in found.files.items())
+        return found.rows if same and found.made_from == made_from else None
+    except (OSError, TpawError):
+        return None
+
+
+def verify(workspace: Workspace, *, must_exist: bool = False) -> None:
+    """Raise TpawError where a file in data/ is not as `prepare` made it; rows without origin.json were put there."""
+    origin = _origin(workspace)
+    if not origin.exists() and not must_exist:
+        return
+    for name, sha in records.read(files.need(origin, AGAIN), Origin, AGAIN).files.items():
+        path = files.need(workspace.data / Path(name).name, AGAIN)
+        if files.sha256(path) != sha:
+            raise TpawError(
+                f"{path}: has changed since `tpaw data` made it; run `tpaw data`, and never edit it by hand"
+            )
+
+
+def _noted(rows: Iterable[Row], prompts: set[bytes]) -> Iterator[Row]:
+    for row in rows:
+        prompts.add(prompt_digest(row))
+        yield row
+
+
+def _apart(heldout: Iterable[Row], train: set[bytes], name: str, drop_overlap: bool) -> Iterator[Row]:
+    """The held-out rows whose prompt is not in train."""
+    first, shared, total = None, 0, 0
+    for row in heldout:
+        total += 1
+        if prompt_digest(row) not in train:
+            yield row
+            continue
+        shared += 1
+        first = first or row
+    if first is not None and not drop_overlap:
+        raise TpawError(
+            f"{name}: {shared} held-out prompts are also in train, the first "
+            f"{first.prompt[-1]['content'][:60]!r}; remove them from one of the two, "
+            "or set data.drop_overlap=true to leave them out of held-out"
+        )
+    if shared == total:
+        raise TpawError(f"{name}: every held-out prompt is also in train; give other held-out rows")
+    if shared:
+        logger.info("%s: %d of %d held-out rows left out, as their prompts are in train", name, shared, total)
+
+
+def _usable(source: Source, data: Data, limit: int | None) -> Iterator[Row]:
+    """The distinct usable rows, at most ``limit``."""
+    name, total, repeated = source.name, 0, 0
+    reasons: list[str] = []
+    seen: set[str] = set()
+    for number, item in enumerate(source.items, start=1):
+        if limit is not None and len(seen) == limit:
+            break
+        total = number
+        try:
+            row = usable_row(as_prompt_and_equation(item) if data.format == "mawps" else item, data)
+        except Unusable as reason:
+            reasons.append(f"row {number}: {reason}")
+            continue
+        if row.prompt_id in seen:
+            repeated += 1
+            continue
+        seen.add(row.prompt_id)
+        yield row
+    if repeated:
+        logger.info("%s: %d of %d rows repeat an earlier row and are left out", name, repeated, total)
+    refuse_if_too_many(name, reasons, total, data.max_skipped)
+    if not seen:
+        raise TpawError(f"{name}: holds no rows; give a file with one row per line")

@@ -1,0 +1,67 @@
+"""Generation by vllm, which has an interpreter of its own.
+
+Knows how to ask `vllm_worker` and how its answers end; must not import vllm or torch. Not called vllm.py: the worker
+runs in this folder, where `import vllm` would find it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tpaw_core.data.endings import Ending, Response, limits
+from tpaw_core.data.tokens import Ids
+from tpaw_core.errors import TpawError
+
+if TYPE_CHECKING:
+    from tpaw_core.config.params import Generation
+
+PYTHON = ".venv-vllm/bin/python"  # where `make vllm` puts it
+WORKER = Path(__file__).with_name("vllm_worker.py")
+QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
+def generate(
+    model: Path,
+    prompts: Sequence[Ids],
+    settings: Generation,
+    *,
+    max_length: int,
+    ending: Ending,
+    seed: int,
+    dtype: str,
+    python: Path,
+) -> list[Response]:
+    """One response per prompt, from a process that gives the accelerator back when it ends.
+
+    Raises TpawError where the interpreter is missing or vllm fails.
+    """
+    if not python.exists():
+        raise TpawError(f"generation.python {str(python)!r}: no such interpreter; `make vllm` makes one that has vllm")
+    room = limits(prompts, max_new_tokens=settings.max_new_tokens, max_length=max_length)
+    request = {
+        "model": str(model),
+        "dtype": dtype,
+        "prompts": [list(prompt) for prompt in prompts],
+        "max_tokens": room,
+        "max_length": max_length,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "stop_ids": list(ending.stop_ids),
+        "seed": seed,
+    }
+    with tempfile.TemporaryDirectory(prefix="tpaw-vllm-") as folder:
+        asked, answered = Path(folder, "request.json"), Path(folder, "responses.json")
+        asked.write_text(json.dumps(request))
+        code = subprocess.run(
+            [str(python), str(WORKER), str(asked), str(answered)], env={**os.environ, **QUIET}
+        ).returncode
+        if code != 0 or not answered.exists():
+            raise TpawError(f"vllm ({python}) ended with status {code}; its own message is above")
+        answers = json.loads(answered.read_text())
+    return [ending.cut(ids, tokens) for ids, tokens in zip(answers, room, strict=True)]

@@ -1,0 +1,180 @@
+"""The two ways to train a model: supervised fine-tuning, and self-play against a team."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PrinterCallback, TrainingArguments
+
+from tpaw_core.data.tokens import Pair
+from tpaw_core.engine.logps import response_logps
+from tpaw_core.engine.packer import Packer, packer
+from tpaw_core.engine.packing import PromptGroup, split_by_tokens
+from tpaw_core.engine.training.batches import Group, Targets, Triplets, prompt_group, triplets
+from tpaw_core.engine.training.log import OnLog, TrainingLog
+from tpaw_core.engine.training.trainers import PartsTrainer, SelfPlayTrainer, SftTrainer
+from tpaw_core.errors import TpawError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tpaw_core.config.params import Objective, Optimisation
+
+logger = logging.getLogger(__name__)
+
+
+def sft(
+    model: PreTrainedModel,
+    rows: Sequence[Pair],
+    settings: Optimisation,
+    *,
+    pad_id: int,
+    seed: int,
+    state: Path,
+    on_log: OnLog,
+    row_ids: Sequence[str] = (),
+) -> list[dict[str, float]]:
+    """Fine-tune ``model`` in place on (prompt ids, target ids). Returns the log, one entry per logging step."""
+
+    def collate(places: list[int], pack: Packer) -> list[Targets]:
+        tokens = sum(len(rows[place][1]) for place in places)
+        parts = split_by_tokens(places, lambda place: (rows[place][0], [rows[place][1]]), settings.max_tokens)
+        return [
+            Targets(pack([(rows[place][0], [rows[place][1]]) for place in part]), torch.tensor(part), tokens)
+            for part in parts
+        ]
+
+    with _policy(model, ((prompt, [ids]) for prompt, ids in rows), pad_id) as pack:
+        return _run(
+            SftTrainer(
+                model=model,
+                args=_arguments(settings, seed, state, len(rows)),
+                train_dataset=range(len(rows)),
+                data_collator=lambda places: collate(places, pack),
+                callbacks=[TrainingLog("sft", on_log, row_ids)],
+            ),
+            state,
+        )
+
+
+def self_play(
+    model: PreTrainedModel,
+    groups: Sequence[Group],
+    objective: Objective,
+    settings: Optimisation,
+    *,
+    pad_id: int,
+    seed: int,
+    state: Path,
+    on_log: OnLog,
+    row_ids: Sequence[str] = (),
+) -> list[dict[str, float]]:
+    """Train ``model`` in place on the team's triplets. Returns the log, one entry per logging step.
+
+    ``row_ids`` name the groups. ``state`` holds resumable states; a call that finds one resumes from it and ends where
+    an uninterrupted call would.
+
+    Raises Diverged where the loss, a gradient or a log-probability is not finite.
+    """
+
+    def collate(batch: list[Group], pack: Packer) -> list[Triplets]:
+        parts = split_by_tokens(batch, prompt_group, settings.max_tokens)
+        return [triplets(part, pack, of=len(batch)) for part in parts]
+
+    with _policy(model, map(prompt_group, groups), pad_id) as pack:
+        return _run(
+            SelfPlayTrainer(
+                objective=objective,
+                triplets_per_group=max(1, sum(len(group.rejected_ids) for group in groups)) / len(groups),
+                tokens_per_target=sum(len(group.chosen_ids) for group in groups) / len(groups),
+                model=model,
+                args=_arguments(settings, seed, state, len(groups)),
+                train_dataset=groups,
+                data_collator=lambda batch: collate(batch, pack),
+                callbacks=[TrainingLog("training", on_log, row_ids)],
+            ),
+            state,
+        )
+
+
+@contextmanager
+def _policy(model: PreTrainedModel, groups: Iterable[PromptGroup], pad_id: int) -> Iterator[Packer]:
+    """While this holds, calling ``model`` with a pack gives log-probabilities, whatever Trainer wraps around it."""
+    with packer(model, groups, pad_id) as pack:
+        model.forward = partial(response_logps, model)
+        try:
+            yield pack
+        finally:
+            del model.forward
+
+
+def _arguments(settings: Optimisation, seed: int, state: Path, rows: int) -> TrainingArguments:
+    batch = settings.per_device_train_batch_size
+    steps = math.ceil(math.ceil(rows / batch) / settings.gradient_accumulation_steps) * settings.num_train_epochs
+    arguments = _checked(
+        output_dir=str(state),
+        learning_rate=settings.learning_rate,
+        num_train_epochs=settings.num_train_epochs,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        optim=settings.optim,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        warmup_steps=math.ceil(settings.warmup_ratio * steps),
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        **({"activation_checkpointing": True} if settings.activation_checkpointing else {}),  # new in transformers 5.18
+        seed=seed,
+        data_seed=seed,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=1,
+        logging_steps=settings.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    if arguments.n_gpu > 1:  # Trainer would split a batch's rows over devices, and the triplets that index them
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _checked(**options: Any) -> TrainingArguments:
+    try:
+        return TrainingArguments(**options)
+    except (ValueError, ImportError) as error:  # an unknown optimiser or schedule, bf16 where the device has none
+        raise TpawError(f"sft or training: {str(error).splitlines()[0]}") from None
+
+
+def _run(trainer: PartsTrainer, state: Path) -> list[dict[str, float]]:
+    trainer.remove_callback(PrinterCallback)
+    resume = _last_state(state)
+    if resume is not None:
+        logger.info("resuming from %s", resume)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _last_state(state: Path) -> Path | None:
+    """The newest complete state; Trainer writes trainer_state.json last, so one that lacks it was cut short."""
+
+    def complete(folder: Path) -> bool:
+        try:
+            return bool(json.loads((folder / "trainer_state.json").read_text()))
+        except (OSError, ValueError):
+            return False
+
+    folders = [folder for folder in state.glob("checkpoint-*") if complete(folder)]
+    return max(folders, key=lambda folder: int(folder.name.split("-")[1]), default=None)

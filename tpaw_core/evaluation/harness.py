@@ -1,0 +1,103 @@
+"""lm-evaluation-harness on one checkpoint, with this project's own tasks beside the harness's."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tpaw_core.artifacts.metrics import Primary, Sample
+from tpaw_core.errors import TpawError
+from tpaw_core.evaluation.answers import HELDOUT, METRIC, OWN, engine, sample_of, write_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tpaw_core.config.params import Evaluation
+    from tpaw_core.data.rows import Row
+
+
+class Results(NamedTuple):
+    primary: Primary
+    benchmarks: dict[str, dict[str, int | float]]
+    samples: list[Sample]
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Mapping[str, Sequence[Row]],
+    settings: Evaluation,
+    *,
+    max_length: int,
+    seed: int,
+) -> Results:
+    """Run ``settings.tasks``; greedy decoding on the ``rows`` of our own, each other task as the harness defines it.
+
+    Raises TpawError for a task the harness does not know, or a primary metric that the results do not hold.
+    """
+    from lm_eval import evaluator, simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is not a name
+    if settings.primary in OWN and settings.metric != METRIC:
+        raise TpawError(f"evaluation.metric: {settings.primary} is scored by {METRIC}, not by {settings.metric!r}")
+    found: dict[str, Any] = {}
+    sampled: list[Any] = []
+    if own := [task for task in settings.tasks if task in OWN]:
+        with tempfile.TemporaryDirectory(prefix="tpaw-evaluation-") as folder:
+            for task in own:
+                write_task(Path(folder), task, rows[task], tokenizer, settings)
+            tasks = TaskManager(include_path=folder, include_defaults=False).load(own)
+            results = evaluator.evaluate(engine(model, tokenizer, settings, max_length), tasks, limit=settings.limit)
+        found.update(_plain(results))
+        sampled = results["samples"].get(HELDOUT, [])
+    if others := [task for task in settings.tasks if task not in OWN]:
+        manager = TaskManager()
+        if unknown := [task for task in others if task not in manager.all_tasks]:
+            raise TpawError(f"evaluation.tasks: lm-evaluation-harness knows no task {unknown[0]!r}")
+        results = simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, max_length=max_length),
+            tasks=others,
+            task_manager=manager,
+            limit=settings.limit,
+            apply_chat_template=tokenizer.chat_template is not None,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+        found.update(_plain(results))
+    return Results(_primary(found, settings), found, [sample_of(s) for s in sampled])
+
+
+def _plain(results: Any) -> dict[str, dict[str, int | float]]:
+    """Per task, its numbers and n; the harness's "metric,filter" keys are kept."""
+    plain = {}
+    for task, values in {**results["results"], **results.get("groups", {})}.items():
+        numbers = {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        n = results.get("n-samples", {}).get(task, {}).get("effective")
+        plain[task] = {**numbers, **({"n": n} if n is not None else {})}
+    return plain
+
+
+def _primary(benchmarks: dict[str, dict[str, int | float]], settings: Evaluation) -> Primary:
+    values = benchmarks.get(settings.primary, {})
+    names = [k for k in values if k.split(",")[0] == settings.metric]
+    if not names:
+        raise TpawError(
+            f"evaluation.metric: {settings.primary} has no metric {settings.metric!r}; it has "
+            f"{', '.join(sorted({k.split(',')[0] for k in values})) or 'no results'}"
+        )
+    metric, _, filter_name = names[0].partition(",")
+    return Primary(
+        benchmark=settings.primary,
+        metric=metric,
+        value=values[names[0]],
+        stderr=values.get(f"{metric}_stderr,{filter_name}", float("nan")),
+        n=int(values.get("n", 0)),
+    )

@@ -1,0 +1,18 @@
+"""report/report.md, with its plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tpaw_core.report.plots import draw
+from tpaw_core.report.table import table
+from tpaw_core.workspace.paths import Workspace
+
+
+def write(workspace: Workspace, folder: Path) -> None:
+    """report.md and its plots into ``folder``."""
+    plots = draw(workspace, folder)
+    text = ["# Result", "", table(workspace), ""]
+    text += ["Rewards and the share of alpha = eta are means over the last quarter of the iteration's steps.", ""]
+    text += [line for name in plots for line in (f"![{name}]({name}.png)", "")]
+    (folder / "report.md").write_text("\n".join(text), encoding="utf-8")

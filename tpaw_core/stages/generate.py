@@ -1,0 +1,55 @@
+"""generate: the current model answers the training prompts."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from tpaw_core.artifacts import checkpoint
+from tpaw_core.artifacts.synthetic import write_synthetic
+from tpaw_core.data.endings import Ending
+from tpaw_core.method import early_warnings
+from tpaw_core.stages.context import Context
+
+logger = logging.getLogger(__name__)
+
+
+def generate(context: Context, iteration: int) -> None:
+    """One answer of checkpoint t-1 to every training prompt: the synthetic data of iteration t.
+
+    Reads: checkpoints/<t-1>, data/train.jsonl. Writes: synthetic/<t>.parquet. Refuses: a missing or damaged parent.
+    """
+    from tpaw_core.engine.generation import in_process, vllm_client
+
+    workspace, params, registry = context.workspace, context.params, context.registry
+    with workspace.exclusive(f"generate@{iteration}"):
+        folder = context.parent(iteration)
+        manifest = checkpoint.verify(workspace, iteration - 1)
+        tokenizer = checkpoint.load_tokenizer(folder)
+        encoded = context.encoded(tokenizer)
+        settings, prompts = params.generation, encoded.prompts
+        options: Any = {
+            "max_length": params.model.max_length,
+            "ending": Ending.of(tokenizer),
+            "seed": params.seed + iteration,
+        }
+        if settings.backend == "vllm":
+            python = workspace.input(settings.python or vllm_client.PYTHON)
+            responses = vllm_client.generate(
+                folder, prompts, settings, **options, dtype=params.model.dtype, python=python
+            )
+        else:
+            model = checkpoint.load_model(folder)
+            responses = in_process.generate(model, prompts, settings, **options, pad_id=tokenizer.pad_token_id)
+        with workspace.publish(workspace.synthetic(iteration)) as aside:
+            write_synthetic(aside, iteration, manifest.digest, context.playing(), encoded, responses, tokenizer)
+        total, chosen = len(responses), encoded.chosen
+        equal = sum(response.ids == target for response, target in zip(responses, chosen, strict=True))
+        cut = sum(response.finish_reason == "length" for response in responses)
+        logger.info("%d responses: %d equal their target, %d were cut at the limit", total, equal, cut)
+        if registry:
+            run = registry.runs.iteration_run(iteration)
+            registry.runs.log_dataset(run, workspace.synthetic(iteration), total, "synthetic")
+            shares = {"generation/equal_to_target": equal / total, "generation/cut": cut / total}
+            registry.runs.log_metrics(run, [(0, shares)])
+        context.warn(early_warnings.of_answers(equal / total), iteration)

@@ -1,0 +1,103 @@
+"""train: checkpoint t from checkpoint t-1 and the team's triplets."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from tpaw_core.artifacts import checkpoint
+from tpaw_core.artifacts.synthetic import read_responses
+from tpaw_core.artifacts.team import read_team
+from tpaw_core.artifacts.training_log import write_log
+from tpaw_core.artifacts.weights import read_weights
+from tpaw_core.errors import TpawError
+from tpaw_core.method import early_warnings
+from tpaw_core.stages.context import Context
+from tpaw_core.workspace import files
+
+if TYPE_CHECKING:
+    from tpaw_core.config.params import Objective
+    from tpaw_core.data.encoding import EncodedRows
+    from tpaw_core.engine.training.batches import Groups
+
+
+def train(context: Context, iteration: int) -> None:
+    """Checkpoint t; resumes from its last saved state if it was stopped.
+
+    Reads: checkpoints/<t-1>, teams/<t>.json, weights/<t>.parquet, the team's synthetic data (objective.name=sft: the
+    rows alone). Writes: checkpoints/<t>, training/<t>.jsonl. Refuses: inputs that do not belong together, numbers that
+    are not finite.
+    """
+    from tpaw_core.engine.training import loop
+
+    workspace, params = context.workspace, context.params
+    with workspace.exclusive(f"train@{iteration}"):
+        folder = context.parent(iteration)
+        manifest = checkpoint.verify(workspace, iteration - 1)
+        tokenizer = checkpoint.load_tokenizer(folder)
+        encoded = context.encoded(tokenizer)
+        objective, settings = params.objective_at(iteration), params.training_at(iteration)
+        deciding = {
+            "seed": params.seed,
+            "model": {"dtype": params.model.dtype},
+            # What decides the weights is left out: these are read.
+            "objective": objective.model_dump(mode="json", by_alias=True, exclude={"gamma", "player_weighting"}),
+            "training": settings.model_dump(mode="json"),
+        }
+        made_from, team = [workspace.train_rows], []
+        if objective.name == "sft":
+            learn: Any = partial(loop.sft, rows=list(zip(encoded.prompts, encoded.chosen, strict=True)))
+        else:
+            groups = _groups(context, iteration, encoded, objective)
+            learn = partial(loop.self_play, groups=groups, objective=objective)
+            made_from.append(workspace.weights(iteration))
+            team = [member.digest for member in read_team(workspace, iteration).members]
+        sums = {workspace.name(path): files.sha256(path) for path in made_from}
+        origin = checkpoint.Origin(manifest.digest, team, sums, deciding)
+        state = workspace.training_state / f"{iteration}-{files.digest(origin)[:16]}"
+        model = checkpoint.load_model(folder, dtype="float32")
+        with context.recorded(iteration) as on_log:
+            log = learn(
+                model,
+                settings=settings,
+                pad_id=tokenizer.pad_token_id,
+                seed=params.seed + iteration,
+                state=state,
+                on_log=on_log,
+                row_ids=encoded.row_ids,
+            )
+        write_log(workspace, iteration, log)
+        checkpoint.write(workspace, iteration, model, tokenizer, origin, dtype=params.checkpoint_dtype)
+        if context.registry:
+            context.registry.register(iteration)
+        context.warn(early_warnings.of_training(log), iteration)
+        shutil.rmtree(state, ignore_errors=True)
+
+
+def _groups(context: Context, iteration: int, encoded: EncodedRows, objective: Objective) -> Groups:
+    """The team's triplets with their weights, checked to belong together."""
+    from tpaw_core.engine.training.batches import Groups
+
+    workspace = context.workspace
+    team = read_team(workspace, iteration)
+    path = files.need(workspace.weights(iteration), f"make it with `tpaw weights --iteration {iteration}`")
+    weights = read_weights(path, team.players)
+    opponents = [member.digest for member in team.members for _ in encoded.row_ids]
+    if weights.prompt_ids != encoded.row_ids * len(team.members) or weights.opponents != opponents:
+        raise TpawError(f"{path}: does not belong to data/train.jsonl and teams/{iteration}.json; make it again")
+    shape = len(team.members), len(encoded.row_ids), team.players  # opponents, rows, players
+
+    def answers(member: Any) -> Any:
+        return read_responses(workspace.place(member.synthetic), encoded.row_ids, member.synthetic_sha256)
+
+    return Groups(
+        encoded.prompts,
+        encoded.chosen,
+        [answers(member) for member in team.members],
+        weights.players_chosen.reshape(shape)[0],
+        weights.players_rejected.reshape(shape),
+        weights.beta.reshape(shape),
+        initial=read_responses(workspace.synthetic(1), encoded.row_ids) if objective.name == "tspin" else None,
+        drop_equal=objective.drop_equal,
+    )

@@ -1,0 +1,112 @@
+"""weights: the judges' log-probabilities of every triplet, and the player weights beta."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from tpaw_core.artifacts import checkpoint
+from tpaw_core.artifacts.synthetic import read_responses
+from tpaw_core.artifacts.team import Team, read_team
+from tpaw_core.artifacts.weights import Weights, write_weights
+from tpaw_core.errors import Diverged, TpawError
+from tpaw_core.stages.context import Context
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from tpaw_core.data.encoding import EncodedRows
+    from tpaw_core.data.tokens import Pair
+
+logger = logging.getLogger(__name__)
+
+
+def weights(context: Context, iteration: int) -> None:
+    """Log-probabilities of every (triplet, player) and the player weights beta.
+
+    Reads: teams/<t>.json, its members' checkpoints and synthetic data, the score store. Writes: weights/<t>.parquet;
+    adds to the store what it lacked. Refuses: a member that is missing or changed.
+    """
+    workspace, registry = context.workspace, context.registry
+    with workspace.exclusive(f"weights@{iteration}"):
+        team = read_team(workspace, iteration)
+        for member in team.judges:
+            if checkpoint.verify(workspace, member.iteration).digest != member.digest:
+                which = f"{workspace.place(member.checkpoint)}: is not the checkpoint"
+                raise TpawError(f"{which} that teams/{iteration}.json names; make the team again")
+        tokenizer = checkpoint.load_tokenizer(workspace.place(team.members[0].checkpoint))
+        encoded = context.encoded(tokenizer)
+        pairs, table, scored = _scores(context, team, encoded, tokenizer)
+        known = _weights(context, team, encoded, pairs, table)
+        with workspace.publish(workspace.weights(iteration)) as aside:
+            write_weights(aside, known)
+        logger.info("%d (row, player) pairs: %d scored now, the others known", table.size, scored)
+        if registry:
+            counts = {"scoring/new": scored, "scoring/pairs": table.size}
+            registry.runs.log_metrics(registry.runs.iteration_run(iteration), [(0, counts)])
+
+
+def _scores(
+    context: Context, team: Team, encoded: EncodedRows, tokenizer: Any
+) -> tuple[list[Pair], NDArray[np.float64], int]:
+    """The pairs of targets, then of each opponent's answers; their scores [pairs, judges]; how many were computed."""
+    import numpy as np
+
+    from tpaw_core.artifacts import code, score_store
+    from tpaw_core.engine import scoring
+
+    workspace, bf16, scored = context.workspace, context.params.training.bf16, 0
+    settings = f"{'bfloat16' if bf16 else 'float32'}-{code.digests()['engine'][:12]}"
+    stores = [score_store.ScoreStore(workspace.scores, member.digest, settings) for member in team.judges]
+    # A player's earlier requests are repeated first, so that what is computed now has the same bytes as then.
+    for earlier in range(team.judges[-1].iteration + 1, team.iteration + 1):
+        then = read_team(workspace, earlier)
+        pairs = list(zip(encoded.prompts, encoded.chosen, strict=True))
+        for opponent in then.members:
+            path = workspace.place(opponent.synthetic)
+            answers = read_responses(path, encoded.row_ids, opponent.synthetic_sha256)
+            pairs += zip(encoded.prompts, answers, strict=True)
+        keys, columns = score_store.keys(pairs), []
+        for member, store in zip(team.judges, stores, strict=True):
+            if member.digest not in [judge.digest for judge in then.judges]:
+                continue
+
+            def score(new: list[Pair], name: str = member.checkpoint) -> Any:
+                model = checkpoint.load_model(workspace.place(name), dtype="float32")
+                return scoring.batches(model, new, pad_id=tokenizer.pad_token_id, bf16=bf16)
+
+            values, new = store.scores(pairs, score, keys)
+            columns.append(values)
+            scored += new
+    return pairs, np.array(columns).T, scored
+
+
+def _weights(
+    context: Context, team: Team, encoded: EncodedRows, pairs: list[Pair], table: NDArray[np.float64]
+) -> Weights:
+    import numpy as np
+
+    from tpaw_core.method.lengths import by_length
+    from tpaw_core.method.player_weights import player_weights
+
+    rows, opponents = len(encoded.row_ids), len(team.members)
+    if len(broken := np.flatnonzero(~np.isfinite(table).all(axis=1))):
+        raise Diverged(
+            f"weights of iteration {team.iteration}: a log-probability of prompt {encoded.row_ids[broken[0] % rows]} "
+            "is not finite; the checkpoint that gave it is not usable, exclude it with team.exclude"
+        )
+    objective = context.params.objective_at(team.iteration)
+    judged = table
+    if objective.per_token:
+        lengths = np.array([len(response) for _, response in pairs])
+        judged = by_length(table, lengths[:, None], lengths[:rows].mean())
+    targets = np.tile(judged[:rows], (opponents, 1))
+    beta = player_weights(targets, judged[rows:], gamma=objective.gamma, scale=objective.lambda_)
+    return Weights(
+        encoded.row_ids * opponents,
+        [member.digest for member in team.members for _ in range(rows)],
+        np.tile(table[:rows], (opponents, 1)),
+        table[rows:],
+        beta,
+    )

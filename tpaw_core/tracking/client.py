@@ -1,0 +1,68 @@
+"""A client of the tracking server, and an experiment."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import urllib.error
+import urllib.request
+
+from mlflow import MlflowClient
+from mlflow.entities import Experiment
+from mlflow.exceptions import MlflowException
+
+from tpaw_core.errors import TpawError, Unavailable
+from tpaw_core.workspace.paths import Workspace
+
+
+def tracking_uri(workspace: Workspace) -> str:
+    """MLFLOW_TRACKING_URI, or the local database that `tpaw up` serves."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(workspace.mlflow / 'mlflow.db').resolve()}"
+
+
+def connect(workspace: Workspace, experiment: str) -> tuple[MlflowClient, Experiment]:
+    """A client, and the experiment of this name, which is made where it is missing.
+
+    Raises Unavailable where no server answers, TpawError where it refuses.
+    """
+    uri = tracking_uri(workspace)
+    local = not uri.startswith("http")
+    if local:
+        workspace.mlflow.mkdir(parents=True, exist_ok=True)
+    else:
+        _refuse_if_silent(uri)
+    artifacts = (workspace.mlflow / "artifacts").resolve().as_uri() if local else None
+    try:
+        client = MlflowClient(uri)
+        return client, _experiment(client, experiment, uri, artifacts)
+    except MlflowException as error:
+        raise TpawError(
+            f"MLFLOW_TRACKING_URI {uri}: {str(error).splitlines()[0]}; look at the server's log, and at "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where it asks for them"
+        ) from None
+
+
+def _experiment(client: MlflowClient, name: str, uri: str, artifacts: str | None) -> Experiment:
+    for _ in range(2):
+        if found := client.get_experiment_by_name(name):
+            return found
+        with contextlib.suppress(MlflowException):  # another process may make it just now
+            client.create_experiment(name, artifacts, {"mlflow.experimentKind": "custom_model_development"})
+    raise TpawError(f"MLflow at {uri}: the experiment {name!r} can be neither found nor made; was it deleted?")
+
+
+def _refuse_if_silent(uri: str) -> None:
+    """Raise at once, rather than after minutes of retries, where no MLflow server answers."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        opener.open(f"{uri.rstrip('/')}/health", timeout=10).close()
+    except urllib.error.HTTPError:
+        return  # it answers; permissions are a later question
+    except (http.client.InvalidURL, ValueError) as error:
+        raise TpawError(f"MLFLOW_TRACKING_URI {uri}: not an address ({error}); fix or unset it") from None
+    except OSError as error:
+        raise Unavailable(
+            f"MLFLOW_TRACKING_URI {uri}: no MLflow server answers ({error}); start it with `make up`, "
+            "or unset the variable to use the local database"
+        ) from None

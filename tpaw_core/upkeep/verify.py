@@ -1,0 +1,254 @@
+"""Whether a workspace is consistent: every digest, name and number that one file holds of another.
+
+Reads everything and changes nothing. A disagreement is one line that names the file and what to do; a note is one that
+needs no action.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tpaw_core.artifacts import checkpoint, code
+from tpaw_core.artifacts.metrics import read_metrics
+from tpaw_core.artifacts.team import read_team
+from tpaw_core.artifacts.weights import read_weights
+from tpaw_core.data import prepare
+from tpaw_core.data.rows import read_rows
+from tpaw_core.errors import TpawError
+from tpaw_core.workspace import files, records
+from tpaw_core.workspace.paths import Workspace
+
+if TYPE_CHECKING:
+    from tpaw_core.tracking.registry import Registry
+
+
+@dataclass
+class Findings:
+    """What was looked at, by kind, what disagrees, and what is worth knowing."""
+
+    workspace: Workspace
+    checked: Counter[str] = field(default_factory=Counter)
+    disagreements: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def of(self, kind: str, path: Path, remedy: str = records.RESTORE) -> Iterator[None]:
+        """Look at one file; what the block raises is the disagreement. ``remedy``: where a library cannot read it."""
+        self.checked[kind] += 1
+        try:
+            yield
+        except TpawError as error:
+            self.disagreements.append(str(error))
+        except Exception as error:  # a broken file makes libraries raise anything
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.disagreements.append(f"{path}: cannot be read ({said}); {remedy}")
+
+
+def check(workspace: Workspace, registry: Registry | None) -> Findings:
+    """Look at all of a workspace; of a pruned checkpoint the manifest counts."""
+    found = Findings(workspace)
+    _rows(found)
+    _checkpoints(found)
+    _synthetic(found)
+    _teams(found)
+    _weights(found)
+    _records(found)
+    _scores(found)
+    _outputs(found)
+    if registry is not None:
+        _versions(found, registry)
+    return found
+
+
+def _rows(found: Findings) -> None:
+    if found.workspace.data.exists():
+        with found.of("data sets", found.workspace.data):
+            prepare.verify(found.workspace, must_exist=True)
+
+
+def _checkpoints(found: Findings) -> None:
+    workspace = found.workspace
+    for iteration in workspace.iterations("checkpoints"):
+        folder = workspace.checkpoint(iteration)
+        with found.of("checkpoints", folder):
+            manifest = checkpoint.verify(workspace, iteration)
+            recorded = manifest.iteration
+            _expect(recorded == iteration, f"{folder}: is checkpoint {recorded} by its manifest")
+            parent = _digest(workspace, iteration - 1)
+            _expect(
+                manifest.parent == parent or parent is None,
+                f"{folder}: was not trained from checkpoints/{iteration - 1} as it is; run `dvc repro`",
+            )
+            for name, sha in manifest.made_from.items():
+                path = workspace.place(name)
+                if name.startswith(("data/", "weights/")) and path.is_file():
+                    _expect(files.sha256(path) == sha, f"{folder}: was made from another {path}; run `dvc repro`")
+            if parts := code.changed(manifest.code):
+                stage = f"train@{iteration}" if iteration else "sft"
+                found.notes.append(
+                    f"{folder}: was made by other code than is installed now ({', '.join(parts)}); "
+                    f"`dvc repro --force {stage}` makes it again"
+                )
+
+
+def _synthetic(found: Findings) -> None:
+    import pyarrow.parquet as pq
+
+    workspace = found.workspace
+    rows: dict[str, str] | None = None
+    for iteration in workspace.iterations("synthetic"):
+        path = workspace.synthetic(iteration)
+        with found.of("synthetic data sets", path):
+            if rows is None:
+                rows = {row.prompt_id: row.completion for row in read_rows(workspace.train_rows)}
+            columns = ["prompt_id", "iteration", "opponent", "chosen", "rejected_ids"]
+            table = pq.read_table(path, columns=columns).to_pydict()
+            opponent = _digest(workspace, iteration - 1)
+            _expect(set(table["iteration"]) == {iteration}, f"{path}: is not of iteration {iteration}")
+            _expect(
+                opponent is None or set(table["opponent"]) == {opponent},
+                f"{path}: its answers are not of checkpoints/{iteration - 1}; run `dvc repro generate@{iteration}`",
+            )
+            for prompt_id, target in zip(table["prompt_id"], table["chosen"], strict=True):
+                same = rows.get(prompt_id) == target
+                _expect(same, f"{path}: prompt {prompt_id} is not as in {workspace.train_rows}")
+            _expect(None not in table["rejected_ids"], f"{path}: has a row without token ids")
+
+
+def _teams(found: Findings) -> None:
+    workspace = found.workspace
+    for iteration in workspace.iterations("teams"):
+        path = workspace.team(iteration)
+        with found.of("teams", path):
+            remedy = f"run `dvc repro team@{iteration}`"
+            team = read_team(workspace, iteration)
+            _expect(team.iteration == iteration, f"{path}: is of iteration {team.iteration}; {remedy}")
+            for member in team.members:
+                same = _digest(workspace, member.iteration) == member.digest
+                _expect(same, f"{path}: {member.checkpoint} is not the member that it names; {remedy}")
+                synthetic = files.need(workspace.place(member.synthetic), "restore it with `dvc checkout`")
+                _expect(
+                    files.sha256(synthetic) == member.synthetic_sha256,
+                    f"{path}: {synthetic} has changed since the team was made; {remedy}",
+                )
+
+
+def _weights(found: Findings) -> None:
+    import numpy as np
+
+    workspace = found.workspace
+    for iteration in workspace.iterations("weights"):
+        path = workspace.weights(iteration)
+        with found.of("weights", path):
+            remedy = f"run `dvc repro --force --single-item weights@{iteration}`"
+            team = read_team(workspace, iteration)
+            weights = read_weights(path, team.players)
+            rows = len(weights.prompt_ids) // len(team.members)
+            opponents = [member.digest for member in team.members for _ in range(rows)]
+            _expect(weights.opponents == opponents, f"{path}: is of another team than teams/{iteration}.json; {remedy}")
+            sums = weights.beta.sum(axis=1)
+            _expect(bool(np.allclose(sums, 1, atol=1e-9)), f"{path}: weights of a row do not add up to 1; {remedy}")
+            logps = np.maximum(weights.players_chosen, weights.players_rejected)
+            _expect(bool((logps <= 0).all()), f"{path}: holds a log-probability above 0; {remedy}")
+
+
+def _records(found: Findings) -> None:
+    workspace = found.workspace
+    for kind, place in (("training", workspace.training_log), ("samples", workspace.samples)):
+        for iteration in workspace.iterations(kind):
+            path = place(iteration)
+            with found.of("logs", path):
+                for number, entry in enumerate(records.lines(path), 1):
+                    figures = [value for value in entry.values() if isinstance(value, float)]
+                    _expect(
+                        all(map(math.isfinite, figures)), f"{path}, line {number}: holds a number that is not finite"
+                    )
+    for iteration in workspace.iterations("metrics"):
+        path = workspace.metrics(iteration)
+        with found.of("metrics", path):
+            own = _digest(workspace, iteration)
+            metrics = read_metrics(workspace, iteration)
+            _expect(
+                own is None or metrics.checkpoint == own,
+                f"{path}: measures another checkpoint than checkpoints/{iteration}; run `dvc repro`",
+            )
+
+
+def _scores(found: Findings) -> None:
+    import numpy as np
+
+    from tpaw_core.artifacts import score_store
+
+    for path in sorted(found.workspace.scores.glob("*/*/*/*.npy")):
+        with found.of("files of scores", path):
+            logps = score_store.read(path)["logp"]
+            _expect(
+                bool((np.isfinite(logps) & (logps <= 0)).all()),
+                f"{path}: holds a score that is not a log-probability; delete its folder: its rows are scored again",
+            )
+
+
+def _outputs(found: Findings) -> None:
+    """The digests in dvc.lock and data.dvc, and those of the objects in DVC's cache."""
+    workspace = found.workspace
+    if not (workspace.root / ".dvc").is_dir():
+        return
+    from dvc.repo import Repo
+    from dvc_data.hashfile.build import build
+    from dvc_data.hashfile.db import HashFileDB
+
+    lock = workspace.root / "dvc.lock"
+    remedy = "delete it, and `dvc repro` takes what has run from its cache"
+    with found.of("outputs in dvc.lock", lock, remedy), Repo(str(workspace.root)) as repo:
+        for out in repo.index.outs:
+            if not out.hash_info:
+                continue
+            path = workspace.root / Path(out.fs_path).relative_to(repo.root_dir)
+            pruned = path.parent.name == "checkpoints" and workspace.pruned(int(path.name)).exists()
+            if pruned and not path.exists():
+                continue
+            with found.of("outputs in dvc.lock", path):
+                files.need(path, f"restore it with `dvc checkout {path}`")
+                store = HashFileDB(out.fs, str(workspace.state))  # without DVC's memory of earlier sums
+                _, _, made = build(store, out.fs_path, out.fs, "md5", dry_run=True)
+                _expect(
+                    made.hash_info == out.hash_info,
+                    f"{path}: is not what {lock if path.name != 'data' else 'data.dvc'} says; "
+                    f"restore it with `dvc checkout --force {path}`, or run `dvc repro`",
+                )
+        for path in sorted(Path(repo.cache.local.path).glob("??/*")):
+            with found.of("objects in DVC's cache", path):
+                with path.open("rb") as file:
+                    md5 = hashlib.file_digest(file, "md5").hexdigest()
+                _expect(
+                    path.parent.name + path.name.removesuffix(".dir") == md5,
+                    f"{path}: is damaged; delete it and run `dvc commit`, or `dvc pull` it again",
+                )
+
+
+def _versions(found: Findings, registry: Registry) -> None:
+    workspace = found.workspace
+    for iteration in workspace.iterations("checkpoints"):
+        folder = workspace.checkpoint(iteration)
+        with found.of("versions in the registry", folder):
+            registry.check(iteration)
+
+
+def _digest(workspace: Workspace, iteration: int) -> str | None:
+    """The digest of a checkpoint by its manifest; None where there is no readable one."""
+    try:
+        return checkpoint.manifest(workspace, iteration).digest if iteration >= 0 else None
+    except TpawError:
+        return None
+
+
+def _expect(true: Any, message: str) -> None:
+    if not true:
+        raise TpawError(message)
