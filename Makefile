@@ -4,16 +4,19 @@ BIN := .venv/bin
 SEED ?= 42
 export PREFECT_API_URL ?= http://127.0.0.1:$(or $(TPAW_PREFECT_PORT),4200)/api
 
-.PHONY: demo test test-vllm bench chaos fuzz lint up down vllm install
+.PHONY: demo test test-quick test-vllm bench chaos fuzz lint up down vllm install
 
 demo: up  ## SFT and four iterations on a small model, through Prefect, DVC and MLflow; then the table
 	@tail -n 0 -F .tpaw/logs/worker.log & log=$$!; trap "kill $$log" EXIT; \
 	$(BIN)/prefect deployment run tpaw/iterate --watch --param recipe=demo --param 'overrides=["seed=$(SEED)"]'
 	@echo && $(BIN)/tpaw table && echo && $(BIN)/tpaw status
 
-# One file on one process: the tests of the loop share a workspace.
+# One file on one process: the tests of a file may share an expensive workspace.
 test: install  ## all tests but the one that needs vllm
 	$(BIN)/pytest -n 2 --dist loadfile
+
+test-quick: install  ## the tests that take under a minute together
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not vllm"
 
 test-vllm: install vllm  ## the vllm backend against the transformers backend
 	$(BIN)/pytest -m vllm
@@ -30,8 +33,8 @@ fuzz: install  ## hostile bytes into TARGET (see chaos/targets.py) for SECONDS
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
 	$(BIN)/python -m chaos.fuzz $(TARGET) --seconds $(SECONDS)
 
-lint: install  ## formatter, linter, type checker
-	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+lint: install  ## formatter, linter, type checker, who may import whom
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 up: install  ## start Prefect, MLflow and the worker on 127.0.0.1
 	@$(BIN)/tpaw up

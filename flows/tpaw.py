@@ -38,7 +38,7 @@ WORKSPACE = Workspace()  # a flow run starts in its folder
 
 @task
 def configure(recipe: str | None, overrides: list[str], iterations: int | None) -> Params:
-    """params.yaml says what runs: switch the recipe, apply the overrides, add iterations where there are too few."""
+    """params.yaml decides what runs: switch the recipe, apply the overrides, add iterations where there are too few."""
     return params_file.switch(WORKSPACE, recipe, overrides, iterations)
 
 

@@ -1,4 +1,4 @@
-"""What a command says while it works: log messages as plain lines on stdout, or in a file."""
+"""Log messages as plain lines: printed by a command, or written to a file."""
 
 from __future__ import annotations
 

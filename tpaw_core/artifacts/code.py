@@ -1,7 +1,7 @@
 """The code that decides bytes: a digest per part, which a manifest names.
 
 What counts is the text of a part's modules without comments, docstrings and blank lines. Nothing is made again because
-a digest differs: `tpaw verify` and `tpaw lineage` report it, and whoever wants the result of today's code asks for it.
+a digest differs: `tpaw verify` and `tpaw lineage` report it, and a rerun is something to ask for.
 """
 
 from __future__ import annotations

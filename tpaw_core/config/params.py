@@ -166,7 +166,7 @@ class Params(Section):
         if self.objective.name != "tpaw" and 1 not in (self.team.size, self.team.players):
             raise ValueError(f"team.players: objective.name={self.objective.name} has one player; set team.players=1")
         if "validation" in self.evaluation.tasks and self.data.validation_rows is None:
-            raise ValueError("data.validation_rows: evaluation.tasks names validation; say how many rows it gets")
+            raise ValueError("data.validation_rows: evaluation.tasks names validation; set how many rows it gets")
         own = {"heldout", "validation"} & {
             self.evaluation.primary,
             *self.evaluation.tasks,
@@ -179,7 +179,7 @@ class Params(Section):
         return self
 
     def objective_at(self, iteration: int) -> Objective:
-        """The objective of one iteration: what `iterations.<t>` says wins; only TPAW has weights."""
+        """The objective of one iteration: `iterations.<t>` wins, and only TPAW has weights."""
         own, plain = self.iterations[str(iteration)], self.objective.name != "tpaw"
         changes = {name: value for name in ("lambda_", "eta") if (value := getattr(own, name)) is not None}
         if plain or not self.objective.target_weighting:

@@ -148,7 +148,7 @@ def _fields(location: list[str]) -> list[str]:
     for part in location:
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             break
-        if model is Iteration:  # its number is no field
+        if model is Iteration:  # the iteration's number is not a field
             continue
         if part not in model.model_fields:
             return []

@@ -1,4 +1,4 @@
-"""data/: the rows that a recipe asks for, checked, split and written; origin.json says what they were made from."""
+"""data/: the rows that a recipe asks for, checked, split and written; origin.json records what they were made from."""
 
 from __future__ import annotations
 

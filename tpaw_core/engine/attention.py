@@ -114,7 +114,7 @@ def attend(
             at_prompt.append(prompt.view(prompts, widest, *x.shape[1:]).transpose(1, 2))
             at_response.append(response.view(responses, longest + context * widest, *x.shape[1:]).transpose(1, 2))
         q, k, v = at_prompt
-        heard = [scaled_dot_product_attention(q, k, v, is_causal=True, **options)]  # what pads heard is not taken
+        heard = [scaled_dot_product_attention(q, k, v, is_causal=True, **options)]  # the outputs of padding are dropped
         q, k, v = at_response
         heard.append(scaled_dot_product_attention(q, k, v, attn_mask=index.mask.to(q.dtype), **options))
         tokens = _Collect.apply(*(x.transpose(1, 2).flatten(0, 1) for x in heard), layout)
@@ -182,7 +182,7 @@ _latest: dict[Any, tuple[Layout, Any]] = {}
 
 
 def _once(make: Callable[[Layout], T], layout: Layout) -> T:
-    """All layers of one pass share what is made for its layout."""
+    """``make(layout)``, computed once for all layers of a pass."""
     if make not in _latest or _latest[make][0] is not layout:
         _latest[make] = (layout, make(layout))
     made: T = _latest[make][1]

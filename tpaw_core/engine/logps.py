@@ -1,6 +1,6 @@
 """Log-probabilities of response tokens without a tensor as wide as the vocabulary that outlives its chunk.
 
-From hidden states and the output projection straight to one number a token; the backward pass computes each chunk's
+From hidden states and the output projection straight to one number per token; the backward pass computes each chunk's
 logits again. Needs torch and a model; must not know teams, stages or services.
 """
 

@@ -47,9 +47,9 @@ PROBE: list[PromptGroup] = [([1, 2, 3], [[4, 5, 6], [7, 8]]), ([9, 3], [[2, 5, 4
 
 @torch.no_grad()
 def _plain_logps(model: PreTrainedModel, pad_id: int) -> Tensor:
-    """The log-probabilities of PROBE by the plain forward, after a check that hidden states give the same."""
+    """PROBE's log-probabilities by the plain forward pass. Raises TpawError where its hidden states give others."""
     plain = packing.pad(PROBE, pad_id).to(model.device)
-    with _evaluating(model):
+    with evaluating(model):
         logits = model(**plain.inputs, use_cache=False).logits.flatten(0, 1)[plain.source].float()
         by_hidden = response_logps(model, plain)
     tokens = logits.log_softmax(-1).gather(-1, plain.target[:, None]).squeeze(-1)
@@ -66,7 +66,7 @@ def _plain_logps(model: PreTrainedModel, pad_id: int) -> Tensor:
 def _agrees(model: PreTrainedModel, name: str, expected: Tensor) -> bool:
     """Whether PROBE gets the same log-probabilities with this attention."""
     try:
-        with _evaluating(model), attention.packed(model, name):
+        with evaluating(model), attention.packed(model, name):
             found = response_logps(model, packing.pack(PROBE).to(model.device))
     except RuntimeError as error:  # torch.compile's errors, where a kernel cannot be made
         logger.info("%s: %s is not used (%s)", type(model).__name__, name, str(error).splitlines()[0])
@@ -80,7 +80,8 @@ def _near(model: PreTrainedModel, found: Tensor, expected: Tensor) -> bool:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode while this holds."""
     training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Early warnings: figures of an iteration which say that going on as before will not help, and what to do instead.
+"""Early warnings: an iteration's figures in; out, why more of the same will not help and what to do instead.
 
 Numbers in, sentences out. The limits follow from docs/settings.md.
 """

@@ -1,6 +1,6 @@
 """Who plays: the last checkpoints that nobody vetoed, as opponents and as main players.
 
-Knows candidates by iteration and digest; where they come from (a registry, a folder) is somebody else's business.
+Knows candidates by iteration and digest; must not know where they come from (a registry, a folder).
 """
 
 from __future__ import annotations

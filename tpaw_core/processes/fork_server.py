@@ -34,7 +34,7 @@ STREAMS = (0, 1, 2)
 
 
 def serve(address: str) -> None:
-    """Import, then fork for each request, until stdin is closed: its other end is with whoever started this."""
+    """Import, then fork for each request, until the process that started this one closes stdin."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)  # requests wait here while modules are imported
@@ -60,7 +60,7 @@ def serve(address: str) -> None:
 
 
 def _attend(connection: socket.socket) -> None:
-    """Run what was asked for in a session of its own; end it when whoever asked is gone."""
+    """Run the requested command in a session of its own; end it when the requester exits."""
     head, streams, _, _ = socket.recv_fds(connection, 8, len(STREAMS))
     if len(head) < 8:
         return

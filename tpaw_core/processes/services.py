@@ -51,7 +51,7 @@ class Service:
 
 
 def up(workspace: Workspace) -> None:
-    """Start what is not running, wait until all of it answers, and say where."""
+    """Start what is not running, wait until everything answers, and print the addresses."""
     need(workspace.root / "prefect.yaml", "run `tpaw up` from the project's folder")
     with _alone(workspace):
         known = _read(workspace)

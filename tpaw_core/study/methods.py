@@ -1,7 +1,7 @@
 """The methods that a study compares: each is some overrides of a recipe, and where it comes from.
 
-TPAW as published is what a recipe says by itself. All methods get the same prompts, as many optimiser steps, and one
-grid of learning rates.
+A recipe by itself is TPAW as published. All methods get the same prompts, the same number of optimiser steps, and the
+same grid of learning rates.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ METHODS = {
         ("objective.name=spin", "team.size=2", "team.players=1"),
         "arXiv 2401.01335; trains on the last two data sets, as its authors do",
     ),
-    "sft": Method(("objective.name=sft", *ONE_PLAYER), "fine-tuning goes on for as many steps"),
+    "sft": Method(("objective.name=sft", *ONE_PLAYER), "fine-tuning continues for the same number of steps"),
     "tpaw-no-target-weights": Method(("objective.target_weighting=false",), "TPAW with alpha = 1"),
     "tpaw-no-player-weights": Method(("objective.player_weighting=false",), "TPAW with equal beta"),
     "tpaw-team-1": Method(("team.size=1",), "TPAW without the team"),
@@ -31,7 +31,9 @@ METHODS = {
     "tpaw-team-4": Method(("team.size=4",), "TPAW, N_max = 4"),
     "tspin": Method(("objective.name=tspin", *ONE_PLAYER), "arXiv 2601.08198"),
     "space": Method(("objective.name=space", *ONE_PLAYER), "arXiv 2512.07175, mu = 1"),
-    "dpo-nll": Method(("objective.name=dpo_nll", *ONE_PLAYER), "arXiv 2404.19733, the model's own answer loses"),
+    "dpo-nll": Method(
+        ("objective.name=dpo_nll", *ONE_PLAYER), "arXiv 2404.19733, the model's own answer is the rejected one"
+    ),
     # Variants of our own, beside the published method.
     "tpaw-distinct": Method(("objective.drop_equal=true",), "TPAW without responses that equal their target"),
     "tpaw-per-token": Method(("objective.per_token=true",), "TPAW with lambda by length"),

@@ -104,7 +104,7 @@ def make(
     folder: Path | None,
     **numbers: int | None,
 ) -> tuple[Path, Plan]:
-    """The folder and the plan of a study: what is given, else what the folder's plan says, else a default.
+    """The folder and the plan of a study: options first, then the folder's plan, then defaults.
 
     Raises TpawError for an unknown method, text that is not seeds or rates, or a damaged plan.
     """

@@ -48,23 +48,23 @@ TITLES = {  # name: title, what to see in it, axes
     "answer_logp": ("Log-probability of answers", "At the end of an iteration, in training.", (ITERATION, "nats")),
     "equal": (
         "Answers that equal their target",
-        "Share of the newest answers; a plain pair of equals teaches nothing.",
+        "Share of the newest answers; a pair of equal texts teaches nothing.",
         (ITERATION, "share"),
     ),
     "target_active": (
-        "Share of targets that are no likelier than under their players",
+        "Share of targets that are not likelier than under their players",
         "Where the target reward is not positive: there target weighting acts.",
         (STEP, "share"),
     ),
     "players": ("Player weights", "Mean beta by player.", (STEP, "beta")),
     "cost_tokens": (
         "Cost: tokens",
-        "A point an iteration; tokens that training computes, a shared prompt once.",
+        "One point per iteration; tokens that training computes, with a shared prompt counted once.",
         ("tokens", ACCURACY),
     ),
     "cost_seconds": (
         "Cost: seconds",
-        "A point an iteration; generation, scoring and training of one run.",
+        "One point per iteration; generation, scoring and training of one run.",
         ("seconds", ACCURACY),
     ),
 }

@@ -1,4 +1,4 @@
-"""The graph of stages, read from dvc.yaml: in which order they run, and what decides the bytes of each one's outputs.
+"""The graph of stages, read from dvc.yaml: their order, and what decides the bytes of their outputs.
 
 DVC uses that file to skip what is up to date in one workspace; a study uses it to share work between many.
 """

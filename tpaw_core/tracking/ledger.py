@@ -1,4 +1,4 @@
-"""What this workspace has registered: tells a version that somebody deleted from one that was never made."""
+"""What this workspace has registered: distinguishes a deleted version from one that was never made."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Registry:
     def register(self, iteration: int, *, again: bool = False) -> int | None:
         """Make sure that checkpoint ``iteration`` is a version of tpaw-policy. Returns its number.
 
-        None where it was registered before and somebody has deleted that version since; ``again`` brings it back.
+        None where it was registered before and that version has been deleted since; ``again`` brings it back.
         """
         folder = self.workspace.checkpoint(iteration)
         manifest = checkpoint.manifest(self.workspace, iteration)
@@ -99,8 +99,8 @@ class Registry:
         own = [v for v in self._versions() if v.tags.get("digest") == manifest.digest]
         if not own:
             if manifest.digest in ledger.read(self.workspace).get(self.runs.server, {}):
-                return  # somebody has deleted it
-            raise TpawError(f"{folder}: is no version of {MODEL}; run `tpaw register`")
+                return  # it has been deleted
+            raise TpawError(f"{folder}: is not a version of {MODEL}; run `tpaw register`")
         name = f"{folder}: version {own[0].version} of {MODEL}"
         if len(own) > 1:
             raise TpawError(f"{folder}: is registered {len(own)} times; delete all but one of its versions in MLflow")
@@ -156,7 +156,7 @@ class Registry:
     def candidates(self, iterations: Sequence[int]) -> list[Candidate]:
         """Those of these checkpoints of the workspace that are registered.
 
-        Checkpoints that were never registered are registered first; a version that was deleted is no candidate.
+        Checkpoints that were never registered are registered first; a deleted version is not a candidate.
         """
         client, found = self.client, []  # a server that does not answer is reported before a checkpoint is looked at
         for iteration in iterations:

@@ -86,7 +86,7 @@ class Runs:
         return run
 
     def finish(self, status: str = "FINISHED") -> str | None:
-        """End the workspace's run under these params, if one is going on; gives its id."""
+        """End the workspace's unfinished run under these params, if there is one. Returns its id."""
         run = self._find(self._key, UNFINISHED)
         if run is None:
             return None

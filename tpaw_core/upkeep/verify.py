@@ -47,8 +47,8 @@ class Findings:
         except TpawError as error:
             self.disagreements.append(str(error))
         except Exception as error:  # a broken file makes libraries raise anything
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self.disagreements.append(f"{path}: cannot be read ({said}); {remedy}")
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.disagreements.append(f"{path}: cannot be read ({reason}); {remedy}")
 
 
 def check(workspace: Workspace, registry: Registry | None) -> Findings:
@@ -220,7 +220,7 @@ def _outputs(found: Findings) -> None:
                 _, _, made = build(store, out.fs_path, out.fs, "md5", dry_run=True)
                 _expect(
                     made.hash_info == out.hash_info,
-                    f"{path}: is not what {lock if path.name != 'data' else 'data.dvc'} says; "
+                    f"{path}: does not match {lock if path.name != 'data' else 'data.dvc'}; "
                     f"restore it with `dvc checkout --force {path}`, or run `dvc repro`",
                 )
         for path in sorted(Path(repo.cache.local.path).glob("??/*")):

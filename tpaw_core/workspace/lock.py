@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 def exclusive(state: Path, who: str, what: str) -> Iterator[None]:
     """Hold a workspace: "lock" while a stage writes, "flow" so that its parameters stay while a flow runs.
 
-    A second writer waits and says for whom. The lock is freed when its holder dies.
+    A second writer waits and logs for whom. The lock is freed when its holder dies.
     """
     state.mkdir(parents=True, exist_ok=True)
     holder = state / f"{what}.holder"

@@ -33,7 +33,7 @@ def decode(
 ) -> list[list[int]]:
     """Answers as generated; what follows their ends has no meaning. Without a cache every step is a plain forward."""
     ids, mask = (x.to(model.device) for x in pad_left(prompts, pad_id))
-    # RecurrentGemma takes a prompt of one token for a next step and goes on from the states of the batch before.
+    # RecurrentGemma mistakes a prompt of one token for a next step and continues from the previous batch's states.
     use_cache = use_cache and ids.shape[1] > 1
     settings = GenerationConfig(do_sample=False, max_new_tokens=max(room), pad_token_id=pad_id, use_cache=use_cache)
     with _bare(model):

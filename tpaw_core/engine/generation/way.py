@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from tpaw_core.data.tokens import Ids
 from tpaw_core.engine.generation import fast_loop, general
+from tpaw_core.engine.packer import evaluating
 from tpaw_core.errors import TpawError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ PROBE: list[tuple[Ids, Ids]] = [([3, 1, 4], [9, 2]), ([2, 7, 8], [8, 1, 2, 4]), 
 
 def find(model: PreTrainedModel, pad_id: int) -> Way:
     """Raises TpawError for a model that no way decodes as its plain forward pass would."""
-    with _evaluating(model), torch.autocast(model.device.type, enabled=False):
+    with evaluating(model), torch.autocast(model.device.type, enabled=False):
         expected = _plain(model)
         if fast_loop.has_recurrent_state(model):
             reason = "its cache holds recurrent states"
@@ -115,13 +115,3 @@ class _Forced:
                 self.logits[row].append(values)
             tokens.append(answer[min(step, len(answer) - 1)])
         return torch.tensor(tokens, device=logits.device)
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

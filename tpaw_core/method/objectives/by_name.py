@@ -1,4 +1,4 @@
-"""objective.name -> objective. (`sft` is no objective on triplets: it trains on the targets alone.)"""
+"""The table from objective.name to the objective. `sft` is missing: it trains on targets alone, not on triplets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SPACE (arXiv 2512.07175): target and answer are each told from noise by a term of their own."""
+"""SPACE (arXiv 2512.07175): target and answer are each contrasted with noise, by a term of their own."""
 
 from __future__ import annotations
 
