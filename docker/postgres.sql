@@ -1,4 +1,4 @@
--- Runs once, when Postgres makes its volume. Each server owns one database and cannot enter the other's.
+-- Runs once, when Postgres initialises its volume. Each server owns one database and cannot connect to the other's.
 \getenv prefect_password PREFECT_DB_PASSWORD
 \getenv mlflow_password MLFLOW_DB_PASSWORD
 CREATE ROLE prefect LOGIN PASSWORD :'prefect_password';
