@@ -123,7 +123,7 @@ def tpaw(
         recipe: switch params.yaml to this recipe first; by default params.yaml stays.
         overrides: "section.key=value" entries, written to params.yaml.
         prune_after: after each iteration delete what no team, alias or lineage needs any more (`tpaw prune`).
-        rerun_other_code: make those checkpoints again that other code made (`tpaw lineage` shows which).
+        rerun_other_code: rerun the checkpoints that a different version of the code made (`tpaw lineage` shows which).
     """
     console.show()
     with WORKSPACE.exclusive(f"flow run {flow_run.name}", "flow"):

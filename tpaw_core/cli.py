@@ -29,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-AtIteration = Annotated[int, typer.Option("--iteration", "-t", min=1, help="The iteration; t makes checkpoint t.")]
+AtIteration = Annotated[int, typer.Option("--iteration", "-t", min=1, help="Iteration t produces checkpoint t.")]
 AtCheckpoint = Annotated[int, typer.Option("--iteration", "-t", min=0, help="The checkpoint.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...")]
 ENVIRONMENT = {
@@ -119,7 +119,7 @@ def sft() -> None:
 
 @app.command()
 def generate(iteration: AtIteration) -> None:
-    """Let checkpoint t-1 answer the training prompts."""
+    """Generate checkpoint t-1's answers to the training prompts."""
     _run("generate", iteration)
 
 
@@ -163,7 +163,7 @@ def table() -> None:
 
     print(rows.table(_workspace))
     if seconds := rows.flow_seconds(_workspace):
-        print("\nseconds of the last flow run by stage: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()))
+        print("\nseconds per stage in the last flow run: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()))
         print(f"in all: {sum(seconds.values()):.0f} s")
 
 
@@ -179,8 +179,12 @@ def compare(
     seeds: Annotated[str | None, typer.Option(help="1-5, or 1,2,7.")] = None,
     rates: Annotated[str | None, typer.Option(help="Learning rates that every method tries: 1e-4,3e-4.")] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="Number of iterations.")] = None,
-    tuning_seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds that choose the rate.")] = None,
-    validation_rows: Annotated[int | None, typer.Option(min=1, help="Held-out rows that choose the rate.")] = None,
+    tuning_seeds: Annotated[
+        int | None, typer.Option(min=1, help="Number of seeds used to choose the learning rate.")
+    ] = None,
+    validation_rows: Annotated[
+        int | None, typer.Option(min=1, help="Held-out rows used to choose the learning rate.")
+    ] = None,
     folder: Annotated[Path | None, typer.Option(help="The study's folder; default: studies/RECIPE.")] = None,
 ) -> None:
     """Compare methods on a recipe, with seeds and intervals; finished cells are reused."""
@@ -216,12 +220,12 @@ def register(
 ) -> None:
     """Make sure that every checkpoint is registered in MLflow."""
     for iteration, version in _context().register(again=again):
-        print(f"checkpoint {iteration}: {f'version {version}' if version else 'deleted from the registry (--again)'}")
+        print(f"checkpoint {iteration}: {f'version {version}' if version else 'deleted; --again brings it back'}")
 
 
 @app.command()
 def verify() -> None:
-    """Check every digest, name and number that one file holds of another, here, in DVC's cache and in MLflow."""
+    """Check everything that one file records about another, here, in DVC's cache and in MLflow."""
     from tpaw_core.upkeep import verify as upkeep
 
     found = upkeep.check(_workspace, _context().registry)
@@ -242,7 +246,7 @@ def lineage(iteration: AtCheckpoint) -> None:
 
 
 @app.command()
-def prune(yes: Annotated[bool, typer.Option("--yes", help="Delete it.")] = False) -> None:
+def prune(yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False) -> None:
     """List what no team, alias or lineage needs any more; with --yes, delete it."""
     from tpaw_core.upkeep import prune as upkeep
 
@@ -275,7 +279,7 @@ def down() -> None:
 
 @app.command()
 def status() -> None:
-    """Show which services run."""
+    """Show which services are running."""
     from tpaw_core.processes import services
 
     for service in services.status(_workspace):

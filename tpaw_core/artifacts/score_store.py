@@ -1,8 +1,8 @@
 """The score store: the log-probability that a frozen checkpoint gave a row; computed once, kept for ever.
 
-Keyed by (checkpoint digest, digest of the row's token ids, scoring settings and code): a path is not an identity. In
-its last bits a score also depends on the rows it was computed with, so a file belongs to the requests that led to it,
-and what other requests left is ignored: equal requests give equal bytes, whatever was run before. Files are added and
+Keyed by (checkpoint digest, digest of the row's token ids, scoring settings and code): a path is not an identity. A
+score's last bits depend on the rows it was computed with. So each file is tied to the sequence of requests that
+produced it, and files of other sequences are ignored: the same requests always give the same bytes. Files are added and
 never changed, each named by the digest of its bytes: a truncated or altered file is detected, and writers need no lock.
 They are mapped, not read, so a store may be larger than memory.
 """
@@ -127,7 +127,7 @@ def read(path: Path) -> NDArray[np.void]:
     """
     try:
         if not files.sha256(path).startswith(path.stem):
-            raise ValueError("its bytes are not those it was named for")
+            raise ValueError("its contents do not match the digest in its name")
         entries: NDArray[np.void] = np.lib.format.open_memmap(path, mode="r")
         if entries.dtype != ENTRY or entries.ndim != 1:
             raise ValueError("it does not hold scores")

@@ -86,7 +86,9 @@ def read_responses(path: str | Path, row_ids: list[str], sha256: str | None = No
     place = {name: number for number, name in enumerate(names)}
     missing = [name for name in row_ids if name not in place]
     if missing:
-        raise TpawError(f"{path}: lacks {len(missing)} rows of data/train.jsonl, the first {missing[0]}; make it again")
+        raise TpawError(
+            f"{path}: is missing {len(missing)} rows of data/train.jsonl, starting with {missing[0]}; make it again"
+        )
     return TokenRows(found[place[name]] for name in row_ids)
 
 

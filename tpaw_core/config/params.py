@@ -160,9 +160,11 @@ class Params(Section):
     @model_validator(mode="after")
     def _agree(self) -> Params:
         if self.model.model_name_or_path is None and self.model.scratch is None:
-            raise ValueError("model: give model_name_or_path, or scratch to train a small model from nothing")
+            raise ValueError("model: set model_name_or_path, or set scratch to train a small model from scratch")
         if self.model.model_name_or_path is None and not self.sft.enabled:
-            raise ValueError("sft.enabled: a model from scratch knows nothing; set it to true, or name a ready model")
+            raise ValueError(
+                "sft.enabled: a model built from scratch is untrained; set this to true, or name a trained model"
+            )
         if self.objective.name != "tpaw" and 1 not in (self.team.size, self.team.players):
             raise ValueError(f"team.players: objective.name={self.objective.name} has one player; set team.players=1")
         if "validation" in self.evaluation.tasks and self.data.validation_rows is None:

@@ -25,7 +25,9 @@ def read_yaml(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise TpawError(f"{path}: no such file; run from the project's folder, or `tpaw use demo` to make it") from None
+        raise TpawError(
+            f"{path}: no such file; run this from the project's folder, or create it with `tpaw use demo`"
+        ) from None
     except UnicodeDecodeError as error:
         raise TpawError(f"{path}: not valid YAML: {error}") from None
     tree = _parse(_yaml(), text, str(path))
@@ -49,7 +51,7 @@ def recipe_path(workspace: Workspace, name: str) -> Path:
     path = workspace.input(name) if name.endswith((".yaml", ".yml")) else workspace.recipes / f"{name}.yaml"
     if not path.exists():
         known = sorted(p.stem for p in workspace.recipes.glob("*.yaml"))
-        raise TpawError(f"recipe {name!r}: no such recipe{_near(name, known)}; there are: {', '.join(known)}")
+        raise TpawError(f"recipe {name!r}: no such recipe{_near(name, known)}; available: {', '.join(known)}")
     return path
 
 
@@ -94,7 +96,9 @@ def validate(tree: Mapping[str, Any], source: str) -> Params:
     try:
         plain = json.loads(json.dumps(tree))
     except (TypeError, ValueError, RecursionError) as error:  # a tag, a date, an alias within itself
-        raise TpawError(f"{source}: holds a value that no parameter takes ({error}); quote it as text") from None
+        raise TpawError(
+            f"{source}: contains a value of a type that no parameter accepts ({error}); quote it as text"
+        ) from None
     try:
         return Params.model_validate(plain)
     except ValidationError as error:
@@ -123,12 +127,12 @@ def _override(tree: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         if not isinstance(tree, dict):
-            raise TpawError(f"override {override!r}: {parent!r} lies inside a value, not a section")
+            raise TpawError(f"override {override!r}: {parent!r} is nested under a plain value, not a section")
         if tree.get(parent) is None:
             tree[parent] = {}
         tree = tree[parent]
     if not isinstance(tree, dict):
-        raise TpawError(f"override {override!r}: {last!r} lies inside a value, not a section")
+        raise TpawError(f"override {override!r}: {last!r} is nested under a plain value, not a section")
     tree[last] = _parse(YAML(typ="safe"), text, f"override {override!r}")
 
 
@@ -140,7 +144,8 @@ def _explain(item: Any, source: str) -> str:
     if item["type"] == "missing":
         return f"{source}: {key!r} is missing; add it"
     message = item["msg"].removeprefix("Value error, ")
-    return f"{source}: {key}: {message}, got {item['input']!r}" if key else f"{source}: {message}"
+    got = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
+    return f"{source}: {key}: {message}{got}" if key else f"{source}: {message}"
 
 
 def _fields(location: list[str]) -> list[str]:

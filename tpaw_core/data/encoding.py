@@ -31,7 +31,7 @@ def render(messages: list[Message], tokenizer: Any) -> str:
     """The prompt as text, ready for the response to follow."""
     if not tokenizer.chat_template:
         raise TpawError(
-            f"{tokenizer.name_or_path}: its tokenizer has no chat template; give one in model.chat_template "
+            f"{tokenizer.name_or_path}: its tokenizer has no chat template; set one in model.chat_template "
             "so that generation and training use the same prompt"
         )
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

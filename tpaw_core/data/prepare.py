@@ -114,7 +114,7 @@ def verify(workspace: Workspace, *, must_exist: bool = False) -> None:
         path = files.need(workspace.data / Path(name).name, AGAIN)
         if files.sha256(path) != sha:
             raise TpawError(
-                f"{path}: has changed since `tpaw data` made it; run `tpaw data`, and never edit it by hand"
+                f"{path}: has changed since `tpaw data` made it; rerun `tpaw data`, and do not edit it by hand"
             )
 
 
@@ -136,12 +136,12 @@ def _apart(heldout: Iterable[Row], train: set[bytes], name: str, drop_overlap: b
         first = first or row
     if first is not None and not drop_overlap:
         raise TpawError(
-            f"{name}: {shared} held-out prompts are also in train, the first "
+            f"{name}: {shared} held-out prompts are also in train; the first is "
             f"{first.prompt[-1]['content'][:60]!r}; remove them from one of the two, "
             "or set data.drop_overlap=true to leave them out of held-out"
         )
     if shared == total:
-        raise TpawError(f"{name}: every held-out prompt is also in train; give other held-out rows")
+        raise TpawError(f"{name}: every held-out prompt is also in train; use different held-out rows")
     if shared:
         logger.info("%s: %d of %d held-out rows left out, as their prompts are in train", name, shared, total)
 

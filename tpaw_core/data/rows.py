@@ -1,4 +1,4 @@
-"""A row: a prompt with its target response; which items of a source can be one, and why others cannot."""
+"""A row: a prompt with its target response; which items of a source are usable, and why the others are not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks of our own: what a task is, which answer a text holds, and how the harness gets our own decoding."""
+"""Our own tasks: how one is defined, how an answer is extracted from a text, and how the harness uses our decoding."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def evaluate(
     if others := [task for task in settings.tasks if task not in OWN]:
         manager = TaskManager()
         if unknown := [task for task in others if task not in manager.all_tasks]:
-            raise TpawError(f"evaluation.tasks: lm-evaluation-harness knows no task {unknown[0]!r}")
+            raise TpawError(f"evaluation.tasks: lm-evaluation-harness has no task named {unknown[0]!r}")
         results = simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, max_length=max_length),
             tasks=others,

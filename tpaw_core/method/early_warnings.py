@@ -1,4 +1,4 @@
-"""Early warnings: an iteration's figures in; out, why more of the same will not help and what to do instead.
+"""Early warnings: from an iteration's figures, why more of the same will not help and what to do instead.
 
 Numbers in, sentences out. The limits follow from docs/settings.md.
 """
@@ -17,8 +17,8 @@ def of_answers(equal: float) -> str | None:
     if equal <= MOSTLY_EQUAL:
         return None
     return (
-        f"{equal:.0%} of the answers equal their target, so there is little to tell apart: start "
-        "from fewer sft.num_train_epochs, or give rows that the model has not learnt by heart"
+        f"{equal:.0%} of the answers equal their target, so there is little left to learn from: lower "
+        "sft.num_train_epochs, or use rows that the model has not memorised"
     )
 
 
@@ -38,5 +38,5 @@ def of_training(log: Sequence[Mapping[str, float]]) -> str | None:
         return None
     return (
         f"the target reward has fallen to {mean:.3g}: targets are less likely than before this iteration. Lower "
-        "training.learning_rate or raise objective.eta, and go back to the checkpoint before"
+        "training.learning_rate or raise objective.eta, and go back to the previous checkpoint"
     )

@@ -87,7 +87,7 @@ def up(workspace: Workspace) -> None:
         except BaseException:
             for name in reversed(started):
                 daemon.stop(known.pop(name))
-                print(f"{name}: stopped again", flush=True)
+                print(f"{name}: stopped", flush=True)
             _write(workspace, known)
             raise
         for name in NAMES:
@@ -130,7 +130,9 @@ def _services(workspace: Workspace, running: Mapping[str, Daemon]) -> dict[str, 
     prefect = _port("prefect", "TPAW_PREFECT_PORT", 4200, running)
     mlflow = _port("mlflow", "TPAW_MLFLOW_PORT", 5000, running)
     if prefect == mlflow:
-        raise TpawError(f"port {prefect}: wanted by Prefect and MLflow; set TPAW_PREFECT_PORT or TPAW_MLFLOW_PORT")
+        raise TpawError(
+            f"port {prefect}: assigned to both Prefect and MLflow; set TPAW_PREFECT_PORT or TPAW_MLFLOW_PORT"
+        )
     prefect_url, mlflow_url = f"http://{HOST}:{prefect}", f"http://{HOST}:{mlflow}"
     environment = _environment(workspace, prefect_url)
     store = workspace.mlflow.resolve()  # where the stages write when no server is named
@@ -186,7 +188,7 @@ def _refuse_moved_ports(known: Mapping[str, Daemon], running: set[str], missing:
     for service in missing:
         old = known[service.name].port if service.name in known else None
         if "worker" in running and old is not None and old != service.port:
-            raise TpawError(f"{service.name}: the running worker expects it at port {old}; `tpaw down`, then `tpaw up`")
+            raise TpawError(f"{service.name}: the running worker expects it on port {old}; `tpaw down`, then `tpaw up`")
 
 
 def _refuse_taken_ports(services: Sequence[Service]) -> None:
@@ -210,13 +212,13 @@ def _wait(workspace: Workspace, names: Sequence[str], known: Mapping[str, Daemon
         for name in list(waiting):
             log = _log(workspace, name)
             if daemon.process(known[name]) is None:
-                raise TpawError(f"{name}: stopped while starting; the end of {log}:\n{_tail(log)}")
+                raise TpawError(f"{name}: stopped while starting; last lines of {log}:\n{_tail(log)}")
             if health.answers(name, known[name]):
                 waiting.remove(name)
             elif time.monotonic() > deadline:
                 remedy = "see its log" if name in started else "`tpaw down`, then `tpaw up`"
                 raise TpawError(
-                    f"{name}: does not answer after {SECONDS_TO_START} s; {remedy}; the end of {log}:\n{_tail(log)}"
+                    f"{name}: did not answer within {SECONDS_TO_START} s; {remedy}; last lines of {log}:\n{_tail(log)}"
                 )
         if waiting:
             time.sleep(0.3)
@@ -241,7 +243,7 @@ def _prefect(workspace: Workspace, arguments: Sequence[str], environment: Mappin
             stderr=subprocess.STDOUT,
         )
     if done.returncode:
-        raise TpawError(f"prefect {' '.join(arguments)}: failed; the end of {log}:\n{_tail(log)}")
+        raise TpawError(f"prefect {' '.join(arguments)}: failed; last lines of {log}:\n{_tail(log)}")
 
 
 def _next_command(workspace: Workspace, prefect_url: str) -> str:

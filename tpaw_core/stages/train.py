@@ -85,7 +85,7 @@ def _groups(context: Context, iteration: int, encoded: EncodedRows, objective: O
     weights = read_weights(path, team.players)
     opponents = [member.digest for member in team.members for _ in encoded.row_ids]
     if weights.prompt_ids != encoded.row_ids * len(team.members) or weights.opponents != opponents:
-        raise TpawError(f"{path}: does not belong to data/train.jsonl and teams/{iteration}.json; make it again")
+        raise TpawError(f"{path}: does not match data/train.jsonl and teams/{iteration}.json; make it again")
     shape = len(team.members), len(encoded.row_ids), team.players  # opponents, rows, players
 
     def answers(member: Any) -> Any:

@@ -41,7 +41,7 @@ def weights(context: Context, iteration: int) -> None:
         known = _weights(context, team, encoded, pairs, table)
         with workspace.publish(workspace.weights(iteration)) as aside:
             write_weights(aside, known)
-        logger.info("%d (row, player) pairs: %d scored now, the others known", table.size, scored)
+        logger.info("%d (row, player) pairs: %d scored now, the rest already stored", table.size, scored)
         if registry:
             counts = {"scoring/new": scored, "scoring/pairs": table.size}
             registry.runs.log_metrics(registry.runs.iteration_run(iteration), [(0, counts)])
@@ -94,7 +94,7 @@ def _weights(
     if len(broken := np.flatnonzero(~np.isfinite(table).all(axis=1))):
         raise Diverged(
             f"weights of iteration {team.iteration}: a log-probability of prompt {encoded.row_ids[broken[0] % rows]} "
-            "is not finite; the checkpoint that gave it is not usable, exclude it with team.exclude"
+            "is not finite; the checkpoint that gave it is not usable; exclude it with team.exclude"
         )
     objective = context.params.objective_at(team.iteration)
     judged = table

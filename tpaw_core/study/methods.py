@@ -1,4 +1,4 @@
-"""The methods that a study compares: each is some overrides of a recipe, and where it comes from.
+"""The methods that a study compares: each is a set of overrides to a recipe, with its source.
 
 A recipe by itself is TPAW as published. All methods get the same prompts, the same number of optimiser steps, and the
 same grid of learning rates.

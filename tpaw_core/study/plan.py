@@ -89,8 +89,10 @@ class Cell(NamedTuple):
 
 def home(workspace: Workspace, recipe: str | None, folder: Path | None) -> Path:
     """The study's folder: the one that is given, or the recipe's in studies/."""
+    if folder is not None:
+        return folder
     name = Path(recipe).stem if recipe else params_file.load(workspace.params_file).recipe
-    return folder or workspace.root / "studies" / name
+    return workspace.root / "studies" / name
 
 
 def make(

@@ -38,8 +38,8 @@ def connect(workspace: Workspace, experiment: str) -> tuple[MlflowClient, Experi
         return client, _experiment(client, experiment, uri, artifacts)
     except MlflowException as error:
         raise TpawError(
-            f"MLFLOW_TRACKING_URI {uri}: {str(error).splitlines()[0]}; look at the server's log, and at "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where it asks for them"
+            f"MLFLOW_TRACKING_URI {uri}: {str(error).splitlines()[0]}; check the server's log and, if it "
+            "requires a login, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         ) from None
 
 
@@ -49,7 +49,7 @@ def _experiment(client: MlflowClient, name: str, uri: str, artifacts: str | None
             return found
         with contextlib.suppress(MlflowException):  # another process may make it just now
             client.create_experiment(name, artifacts, {"mlflow.experimentKind": "custom_model_development"})
-    raise TpawError(f"MLflow at {uri}: the experiment {name!r} can be neither found nor made; was it deleted?")
+    raise TpawError(f"MLflow at {uri}: the experiment {name!r} can be neither found nor created; was it deleted?")
 
 
 def _refuse_if_silent(uri: str) -> None:
@@ -60,7 +60,7 @@ def _refuse_if_silent(uri: str) -> None:
     except urllib.error.HTTPError:
         return  # it answers; permissions are a later question
     except (http.client.InvalidURL, ValueError) as error:
-        raise TpawError(f"MLFLOW_TRACKING_URI {uri}: not an address ({error}); fix or unset it") from None
+        raise TpawError(f"MLFLOW_TRACKING_URI {uri}: not a valid address ({error}); fix or unset it") from None
     except OSError as error:
         raise Unavailable(
             f"MLFLOW_TRACKING_URI {uri}: no MLflow server answers ({error}); start it with `make up`, "

@@ -100,14 +100,14 @@ class Registry:
         if not own:
             if manifest.digest in ledger.read(self.workspace).get(self.runs.server, {}):
                 return  # it has been deleted
-            raise TpawError(f"{folder}: is not a version of {MODEL}; run `tpaw register`")
+            raise TpawError(f"{folder}: is not registered as a version of {MODEL}; run `tpaw register`")
         name = f"{folder}: version {own[0].version} of {MODEL}"
         if len(own) > 1:
             raise TpawError(f"{folder}: is registered {len(own)} times; delete all but one of its versions in MLflow")
         again = "delete it in MLflow, then `tpaw register --again`"
         tags = own[0].tags
         if (tags.get("parent", ""), tags.get("iteration")) != (manifest.parent or "", str(iteration)):
-            raise TpawError(f"{name} has other tags than its manifest; {again}")
+            raise TpawError(f"{name} has tags that do not match the checkpoint's manifest; {again}")
         kept = urlparse(f"{self.client.get_run(own[0].run_id).info.artifact_uri}/model")
         if kept.scheme in ("", "file"):
             differs = next(
@@ -163,7 +163,9 @@ class Registry:
             number = self.register(iteration)
             digest = checkpoint.manifest(self.workspace, iteration).digest
             if number is None:
-                logger.info("checkpoint %d: its version was deleted from %s, so it does not play", iteration, MODEL)
+                logger.info(
+                    "checkpoint %d: its version was deleted from %s, so it is left out of the team", iteration, MODEL
+                )
                 continue
             tags = client.get_model_version(MODEL, str(number)).tags
             found.append(Candidate(iteration, number, digest, vetoed=tags.get("team_member", "").lower() == "false"))

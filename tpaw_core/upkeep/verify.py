@@ -1,4 +1,4 @@
-"""Whether a workspace is consistent: every digest, name and number that one file holds of another.
+"""Whether a workspace is consistent: everything that one file records about another.
 
 Reads everything and changes nothing. A disagreement is one line that names the file and what to do; a note is one that
 needs no action.
@@ -93,8 +93,8 @@ def _checkpoints(found: Findings) -> None:
             if parts := code.changed(manifest.code):
                 stage = f"train@{iteration}" if iteration else "sft"
                 found.notes.append(
-                    f"{folder}: was made by other code than is installed now ({', '.join(parts)}); "
-                    f"`dvc repro --force {stage}` makes it again"
+                    f"{folder}: was made by a different version of the code ({', '.join(parts)}); "
+                    f"`dvc repro --force --single-item {stage}` reruns it"
                 )
 
 

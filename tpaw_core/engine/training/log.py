@@ -49,7 +49,7 @@ class TrainingLog(TrainerCallback):
             row = int(entry["row"]) if "row" in entry else None
             first = f", first in {self._name(row)}" if row is not None else ""
             raise Diverged(
-                f"{self.what}: {', '.join(bad)} not finite by step {entry['step']}{first}; lower the learning rate "
-                "or look at the rows. The last good state is kept, no checkpoint was made"
+                f"{self.what}: {', '.join(bad)} not finite (seen at step {entry['step']}{first}); lower the "
+                "learning rate or check the rows. The last good state is kept; no checkpoint was written"
             )
         self.send(int(entry["step"]), {name: value for name, value in entry.items() if name != "step"})

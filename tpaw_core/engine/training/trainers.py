@@ -1,4 +1,4 @@
-"""One forward and backward pass of each kind of training, and the means that it logs."""
+"""One forward and backward pass of each kind of training, and the averages that it logs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table from objective.name to the objective. `sft` is missing: it trains on targets alone, not on triplets."""
+"""The table from objective.name to the objective. `sft` is not listed: it trains on targets alone, not on triplets."""
 
 from __future__ import annotations
 
