@@ -1,1 +1,1 @@
-"""Benchmarks: both sides on the same rows, and a ratio. `python -m bench.NAME` runs one, `make bench` all."""
+"""Benchmarks: two sides on the same rows, and their ratio. `python -m bench.NAME` runs one, `make bench` runs all."""

@@ -1,4 +1,4 @@
-"""`python -m bench`: every benchmark in turn. `python -m bench gpu`: those for an accelerator, without TRL."""
+"""`python -m bench` runs every benchmark in turn. `python -m bench gpu` runs those for an accelerator, without TRL."""
 
 from __future__ import annotations
 

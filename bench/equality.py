@@ -1,6 +1,6 @@
-"""Packed batches against the plain forward pass: log-probabilities and gradients, for every packed attention.
+"""Packed batches compared with the plain forward pass: log-probabilities and gradients, for every packed attention.
 
-Errors are relative, in the L2 norm, to plain float32. Needs torch and transformers only.
+Errors are relative to plain float32, in the L2 norm. Needs only torch and transformers.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="wide")
     shape = parser.parse_args().shape
-    policy, trees = model(SHAPES[shape]), groups(SHAPES[shape], TEAM)[:PROMPTS]
-    pack = packing.pack(trees).to(policy.device)
-    rows = [(prompt, response) for prompt, responses in trees for response in responses]
+    policy, prompts = model(SHAPES[shape]), groups(SHAPES[shape], TEAM)[:PROMPTS]
+    pack = packing.pack(prompts).to(policy.device)
+    rows = [(prompt, response) for prompt, responses in prompts for response in responses]
     expected = _with_gradient(policy, partial(plain.logps, policy, rows), bf16=False)
     errors: dict[str, dict[str, float]] = {}
-    for way in ("plain", *attention.ways(policy)):
+    for way in ("plain", *attention.packed_attentions(policy)):
         for bf16 in (False, True):
             with nullcontext() if way == "plain" else attention.packed(policy, way):
                 logps = partial(plain.logps, policy, rows) if way == "plain" else partial(response_logps, policy, pack)

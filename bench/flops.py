@@ -1,7 +1,8 @@
-"""What share of the machine's matrix-product rate a training step reaches.
+"""The share of the machine's matrix-product rate that a training step reaches.
 
-Counted are the products that the loss and its gradient need, 6 a weight and token and those of attention; not what is
-computed twice to save memory. The rate is that of the best of some square products in the same number format.
+Counts the operations of the products that the loss and its gradient need: 6 per weight and token, plus those of
+attention. What is computed twice to save memory counts once. The machine's rate is the best of several square products
+in the same number format.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def product(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def step_flops(shape: Shape, team: int) -> float:
-    """Of one optimiser step with every prompt computed once."""
+    """Operations of one optimiser step, with every prompt computed once."""
     head_dim = shape.hidden_size // shape.heads
     projections = shape.hidden_size * head_dim * (2 * shape.heads + 2 * shape.kv_heads)
     weights = shape.layers * (projections + 3 * shape.hidden_size * shape.intermediate_size)

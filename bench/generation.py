@@ -1,6 +1,7 @@
-"""Generation, kept tokens a second: ours against transformers' own loop on padded batches in the order given.
+"""Generation, in kept tokens per second: ours against transformers' own loop on padded batches in the given order.
 
-A random model ends its answers as a geometric law has it, after ``response`` tokens in the mean; both sides sample.
+A random model ends its answers after a geometrically distributed number of tokens, ``response`` on average. Both sides
+sample.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ EOS, PAD = 2, 0
 
 
 def ending(shape: Shape) -> Any:
-    """The shape's model, with a bias that gives EOS the chance of one in ``response``."""
+    """The shape's model, with a bias that gives EOS a probability of one in ``response``."""
     made = model(shape).eval()
     head = torch.nn.Linear(shape.hidden_size, shape.vocab_size, device=DEVICE)
     with torch.no_grad():
@@ -39,13 +40,14 @@ def prompts(shape: Shape, count: int) -> list[list[int]]:
 
 
 def ours(arguments: argparse.Namespace) -> dict[str, float]:
+    from tpaw_core.data.endings import Ending
     from tpaw_core.engine.generation import in_process
 
     shape = SHAPES[arguments.shape]
     settings: Any = SimpleNamespace(
         max_new_tokens=2 * shape.response, temperature=1.0, top_p=1.0, batch_size=arguments.batch
     )
-    limits: Any = {"max_length": 10 * (shape.prompt + shape.response), "eos_id": EOS, "pad_id": PAD, "seed": 1}
+    limits: Any = {"max_length": 10 * (shape.prompt + shape.response), "ending": Ending(EOS), "pad_id": PAD, "seed": 1}
     policy, asked = ending(shape), prompts(shape, arguments.prompts)
     with torch.autocast(DEVICE, torch.bfloat16, enabled=arguments.dtype == "bf16"):
         in_process.generate(policy, asked[:4], settings, **limits)

@@ -1,17 +1,16 @@
-"""How seconds and memory grow: with rows through data, store and weights, and with the size of the team in training.
+"""How time and memory grow: with the number of rows in data, store and weights, and with the team size in training.
 
-Rows: the stages `data`, `weights` and the reading of `train` on the demo's corpus, iteration 3, with scores by a
-formula: a model's own time and memory are `bench.scoring`. Memory is what a process needs beyond its imports.
-Team: a training step at the shape, seconds a triplet and peak memory; and memory with freed blocks given back at once,
-which is slower, but shows what training holds rather than how the allocator's free blocks happen to fit.
+Rows: the stages `data` and `weights`, and the reading part of `train`, on the demo's corpus at iteration 3. Scores come
+from a formula; `bench.scoring` measures a model's own time and memory. Memory is what a process needs beyond imports.
+Team: a training step at the shape, in seconds per triplet and peak memory. Memory is measured again with freed blocks
+returned at once, which is slower, but shows what training holds rather than how the allocator's free blocks happen to
+fit.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import json
-import os
 import random
 import statistics
 import tempfile
@@ -25,7 +24,7 @@ from bench.rows import SHAPES
 COUNTS = (1_000, 10_000, 100_000)
 TEAMS = (1, 2, 3, 5)
 MEMBERS = 3
-M_MMAP_THRESHOLD = -3  # of <malloc.h>
+M_MMAP_THRESHOLD = -3  # from <malloc.h>
 
 
 def rows(arguments: argparse.Namespace) -> dict[str, float]:
@@ -33,23 +32,24 @@ def rows(arguments: argparse.Namespace) -> dict[str, float]:
 
     from tpaw_core.artifacts import checkpoint
     from tpaw_core.artifacts.synthetic import write_synthetic
-    from tpaw_core.artifacts.team import Member
+    from tpaw_core.artifacts.team import Member, Team, write_team
     from tpaw_core.config import params_file
     from tpaw_core.data import prepare
     from tpaw_core.data.endings import Response
     from tpaw_core.engine import scoring, scratch
-    from tpaw_core.stages import context
+    from tpaw_core.stages.context import Context
     from tpaw_core.stages.weights import weights
     from tpaw_core.workspace import files
+    from tpaw_core.workspace.paths import Workspace
 
     params = params_file.load(Path("recipes/demo.yaml"))
     params = params.model_copy(
         update={"data": params.data.model_copy(update={"max_train_rows": arguments.rows, "max_heldout_rows": 100})}
     )
-    here = os.getcwd()
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+        workspace = Workspace(Path(folder))
+        context = Context(workspace, params)
         texts = ["".join(map(chr, range(32, 127)))]
         assert params.model.scratch is not None
         tokenizer = scratch.tokenizer(texts, params.model.scratch, 1000)
@@ -70,11 +70,11 @@ def rows(arguments: argparse.Namespace) -> dict[str, float]:
         before = ratio.peak_memory()
 
         started = time.perf_counter()
-        prepare.prepare(params.data, params.seed)
+        prepare.prepare(workspace, params.data, params.seed)
         seconds["data"] = time.perf_counter() - started
 
         started = time.perf_counter()
-        encoded = context.encoded(params, tokenizer)
+        encoded = context.encoded(tokenizer)
         seconds["encode"] = time.perf_counter() - started
 
         draw = random.Random(0)
@@ -86,33 +86,29 @@ def rows(arguments: argparse.Namespace) -> dict[str, float]:
             answers = [
                 Response([draw.randrange(3, 300) for _ in range(draw.randint(10, 30))], "stop") for _ in encoded.prompts
             ]
-            write_synthetic(path, number + 1, "0" * 64, context.playing(params), encoded, answers, tokenizer)
-            digest = checkpoint.manifest(workspace.checkpoint(number))["digest"]
+            write_synthetic(path, number + 1, "0" * 64, context.playing(), encoded, answers, tokenizer)
             members.append(
                 Member(
                     iteration=number,
                     version=1,
-                    digest=digest,
-                    checkpoint=workspace.checkpoint(number).as_posix(),
-                    synthetic=path.as_posix(),
+                    digest=checkpoint.manifest(workspace, number).digest,
+                    checkpoint=workspace.name(workspace.checkpoint(number)),
+                    synthetic=workspace.name(path),
                     synthetic_sha256=files.sha256(path),
                 )
             )
         seconds["synthetic"] = (time.perf_counter() - started) / MEMBERS
         del answers, encoded
-        workspace.team(3).parent.mkdir()
         for t in (1, 2, 3):
-            team = {"iteration": t, "policy": "latest", "players": t, "members": members[:t][::-1]}
-            workspace.team(t).write_text(json.dumps(team))
+            write_team(workspace, Team(iteration=t, policy="latest", players=t, members=members[:t][::-1]))
 
         started = time.perf_counter()
-        weights(params, 3, None)
+        weights(context, 3)
         seconds["weights"] = time.perf_counter() - started
         started = time.perf_counter()
-        weights(params, 3, None)
+        weights(context, 3)
         seconds["weights, all known"] = time.perf_counter() - started
         assert pq.read_metadata(workspace.weights(3)).num_rows == MEMBERS * arguments.rows
-        os.chdir(here)
     return {**seconds, "memory": ratio.peak_memory() - before}
 
 

@@ -1,9 +1,9 @@
-"""The third iteration of a finished demo once more: answers, references of a team of three, training for one epoch.
+"""The third iteration of a finished demo, repeated: answers, references of a team of three, training for one epoch.
 
 Ours: the engine, with the score store as iteration 2 left it. The peer: transformers' padded loop, then TRL's
-DPOTrainer, whose references each of the three checkpoints computes on all pairs; one of them serves the training, as
-DPOTrainer takes no more. Both train for the same number of steps. Models and rows are in memory; evaluation, which
-is the same, is not measured. Run `make demo` first; --prompts of its rows are taken.
+DPOTrainer. Each of the three checkpoints computes references on all pairs, but training uses only one set, because
+DPOTrainer takes no more. Both sides train for the same number of steps. Models and rows are in memory. Evaluation is
+the same on both sides and is not measured. Run `make demo` first; the first --prompts of its rows are used.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from bench import ratio
 from bench.rows import DEVICE, SHAPES
 
 LAMBDA, ETA, GAMMA, BATCH = 0.1, 6.0, 0.5, 32
-MOST, SAMPLING_BATCH = 40, 500  # new tokens, and prompts at a time: the demo's
+MOST, SAMPLING_BATCH = 40, 500  # new tokens, and prompts per batch, as in the demo
 
 
 class Start(NamedTuple):
-    """What iteration 3 finds: rows, the answers of opponents 1 and 0, and checkpoints 2, 1 and 0."""
+    """What iteration 3 starts from: rows, the answers of opponents 1 and 0, and checkpoints 2, 1 and 0."""
 
     tokenizer: Any
     prompts: list[list[int]]
@@ -60,6 +60,7 @@ def start(arguments: argparse.Namespace) -> Start:
 
 def ours(arguments: argparse.Namespace) -> dict[str, float]:
     from tpaw_core.artifacts.score_store import ScoreStore, keys
+    from tpaw_core.data.endings import Ending
     from tpaw_core.data.tokens import TokenRows
     from tpaw_core.engine import scoring
     from tpaw_core.engine.generation import in_process
@@ -85,7 +86,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
             store.scores(known, lambda some, by=player: scoring.batches(by, some, pad_id=pad_id, bf16=bf16))
         team = stores()
         started = time.perf_counter()
-        limits: Any = {"max_length": 160, "eos_id": tokenizer.eos_token_id, "pad_id": pad_id, "seed": 1}
+        limits: Any = {"max_length": 160, "ending": Ending.of(tokenizer), "pad_id": pad_id, "seed": 1}
         answers = [response.ids for response in in_process.generate(players[0], prompts, sampling, **limits)]
         pairs = known[: len(prompts)] + list(zip(prompts, answers, strict=True)) + known[len(prompts) :]
         named = keys(pairs)
@@ -112,7 +113,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
                 rejected.reshape(cube),
                 beta.reshape(cube),
             ),
-            SimpleNamespace(name="tpaw", lambda_=LAMBDA, eta=ETA, per_token=False),  # type: ignore[arg-type]
+            SimpleNamespace(name="tpaw", lambda_=LAMBDA, eta=ETA, history=0.0, per_token=False),  # type: ignore[arg-type]
             settings,
             pad_id=pad_id,
             seed=0,

@@ -1,7 +1,7 @@
-"""The fixed cost of four iterations: the whole pipeline on 32 rows, which take next to nothing to compute.
+"""The fixed cost of four iterations: the whole pipeline on 32 rows, which take almost no time to compute.
 
-Ours: `prefect deployment run tpaw/iterate --watch`, whose stages are forked from a process that has done the imports.
-The peer: `dvc repro` of the same stages, each of which starts and imports by itself.
+Ours: `prefect deployment run tpaw/iterate --watch`, whose stages are forked from a process with the imports done.
+The peer: `dvc repro` of the same stages, each of which starts Python and does its own imports.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Workspace:
         self.run("tpaw", "use", "demo", *TINY)
 
     def run(self, *command: str) -> float:
-        """Seconds that a command took."""
+        """Run a command and return the seconds that it took."""
         started = time.perf_counter()
         done = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True)
         if done.returncode:

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer on the benchmark's rows: every triplet is a pair, references are precomputed."""
+"""TRL's DPOTrainer on the benchmark's rows: every triplet is a pair, and references are precomputed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.rows import Shape, groups
 
 
 def pairs(shape: Shape, team: int) -> Dataset:
-    """Columns as DPOTrainer makes them from text."""
+    """Pairs, with the columns that DPOTrainer makes from text."""
     return Dataset.from_list(
         [
             {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
@@ -25,7 +25,7 @@ def pairs(shape: Shape, team: int) -> Dataset:
 
 
 def trainer(model: Any, shape: Shape, state: str, *, bf16: bool, **options: Any) -> DPOTrainer:
-    """A trainer that has seen one row; the benchmark's rows come after, so that tokenising text is not measured."""
+    """A trainer created with one row; the benchmark's rows are added later, so that tokenising text is not measured."""
     words = Tokenizer(WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
     return DPOTrainer(
         model,

@@ -1,6 +1,6 @@
-"""Self-play the plain way: padded pairs, all logits, and where asked for the references scored in every step.
+"""Self-play the plain way: padded pairs, all logits and, on request, references scored in every step.
 
-Needs torch and transformers only, so it stands in for TRL's DPOTrainer on a bare machine: it computes the same.
+Needs only torch and transformers, so it can replace TRL's DPOTrainer on a bare machine; both compute the same.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.rows import DEVICE, Shape, groups, model
+from tpaw_core.method.objectives.base import LogProbs, Settings
 from tpaw_core.method.objectives.tpaw import tpaw_loss
 
 
@@ -31,7 +32,7 @@ def logps(policy: Any, rows: list[tuple[list[int], list[int]]]) -> Tensor:
 
 
 def train(shape: Shape, team: int, *, bf16: bool, live: bool, scale: float, eta: float) -> list[float]:
-    """The times at which optimiser steps ended; ``live``: the team's models are in memory and scored in each step."""
+    """The end time of each optimiser step; ``live``: the team's models are in memory and score each step."""
     policy = model(shape)
     players = [model(shape, seed).eval() for seed in range(team)] if live else []
     optimiser = torch.optim.AdamW(policy.parameters(), lr=1e-5)
@@ -49,7 +50,9 @@ def train(shape: Shape, team: int, *, bf16: bool, live: bool, scale: float, eta:
                     known = [logps(player, rows) for player in players]
             table = torch.stack(known, 1) if live else torch.full((2 * len(some), 1), -50.0, device=DEVICE)
             beta = torch.full((len(some), table.shape[1]), 1 / table.shape[1], device=DEVICE)
-            losses = tpaw_loss(chosen, rejected, *table.split(len(some)), beta, scale=scale, eta=eta)
+            unread = chosen.new_empty(0)
+            triplets = LogProbs(chosen, rejected, unread, *table.split(len(some)), beta, unread, unread)
+            losses = tpaw_loss(triplets, Settings(scale, eta=eta))
             (losses.loss.sum() / len(pairs)).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimiser.step()

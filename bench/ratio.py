@@ -1,4 +1,4 @@
-"""Two sides, measured in turn, each in a process of its own; their ratio, printed and written to bench/results."""
+"""Measures two sides in turn, each in its own process; prints their ratio and writes it to bench/results."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def processor() -> str:
 
 
 def peak_memory(device: str = "cpu") -> float:
-    """The most that this process has held, in GB: of main memory, or of the accelerator's."""
+    """This process's peak use in GB, of main memory or of the accelerator's memory."""
     if device == "cuda":
         import torch
 
@@ -49,7 +49,7 @@ def peak_memory(device: str = "cpu") -> float:
 
 
 def run(module: str, sides: Mapping[str, Side], parser: argparse.ArgumentParser) -> argparse.Namespace | None:
-    """In a measuring process: measure the side that was asked for and give None. Otherwise: the arguments."""
+    """In a measuring process, measure the requested side and return None. Otherwise, return the arguments."""
     parser.add_argument("--side", choices=list(sides), help=argparse.SUPPRESS)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
@@ -61,7 +61,7 @@ def run(module: str, sides: Mapping[str, Side], parser: argparse.ArgumentParser)
 
 
 def measure(arguments: argparse.Namespace, side: str, **changes: Any) -> dict[str, float]:
-    """One side in a new process."""
+    """Measure one side in a new process."""
     options = {k: v for k, v in {**vars(arguments), **changes, "side": side}.items() if k != "module"}
     command = [sys.executable, "-m", arguments.module]
     command += [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
@@ -73,7 +73,7 @@ def measure(arguments: argparse.Namespace, side: str, **changes: Any) -> dict[st
 
 
 def in_turn(arguments: argparse.Namespace, sides: Mapping[str, Mapping[str, Any]]) -> dict[str, list[dict[str, float]]]:
-    """Every side, each with its changes of the arguments, as often as asked for; one after the other, then again."""
+    """Measure every side in turn, each with its changes to the arguments, and repeat this ``repeats`` times."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for _ in range(arguments.repeats):
         for name, changes in sides.items():
@@ -83,7 +83,7 @@ def in_turn(arguments: argparse.Namespace, sides: Mapping[str, Mapping[str, Any]
 
 
 def report(name: str, unit: str, ours: list[float], peer: list[float], *, peer_name: str, **more: Any) -> None:
-    """Ratios of ours to the peer, pair by pair: printed, and written to bench/results/<name>.json."""
+    """Print the ratios of ours to the peer, pair by pair, and write them to bench/results/<name>.json."""
     ratios = [a / b for a, b in zip(ours, peer, strict=True)]
     spread = {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)}
     figures = {
@@ -103,7 +103,7 @@ def report(name: str, unit: str, ours: list[float], peer: list[float], *, peer_n
 
 
 def write(figures: Mapping[str, Any], **more: Any) -> None:
-    """bench/results/<name>.json, with what it was measured on."""
+    """Write bench/results/<name>.json, with the versions and the processor it was measured on."""
     known = {**figures, **more, "versions": _versions(), "processor": processor()}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{figures['name']}.json").write_text(json.dumps(known, indent=2) + "\n")
@@ -126,7 +126,7 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
 
 
 def against(arguments: argparse.Namespace, what: str) -> None:
-    """Ours and the peer in turn; two results, one of triplets a second and one of peak memory."""
+    """Measure ours and the peer in turn; report triplets per second and peak memory as two results."""
     found = in_turn(arguments, {"ours": {}, arguments.peer: {}})
     more = {"shape": asdict(SHAPES[arguments.shape]), "team": arguments.team}
     for measured, suffix, unit in (("triplets_per_second", "", "triplets/s"), ("memory", "-memory", "GB")):

@@ -1,4 +1,4 @@
-"""The rows and the models that both sides of a benchmark get: random ids, seeded; shapes by name."""
+"""The rows and models that both sides of a benchmark get: seeded random ids, and shapes by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 @dataclass(frozen=True)
 class Shape:
-    """Lengths are means; each one lies within a quarter of it."""
+    """Lengths are means; each actual length lies within a quarter of its mean."""
 
     prompt: int
     response: int
@@ -22,9 +22,9 @@ class Shape:
     layers: int
     heads: int
     kv_heads: int
-    prompts: int  # in an optimiser step
-    steps: int  # that are measured
-    peer_batch: int  # pairs that the peer takes at a time: the fastest of 4, 8, 16, 32 where it was measured
+    prompts: int  # per optimiser step
+    steps: int  # measured
+    peer_batch: int  # the peer's batch size in pairs: the fastest of 4, 8, 16, 32 where measured
 
 
 SHAPES = {
@@ -53,7 +53,7 @@ def model(shape: Shape, seed: int = 0) -> Any:
         eos_token_id=2,
         pad_token_id=0,
     )
-    with torch.device(DEVICE):  # on an accelerator: a billion random weights take a processor a while
+    with torch.device(DEVICE):  # a CPU would take long to draw a billion random weights
         return LlamaForCausalLM(config)
 
 

@@ -1,6 +1,6 @@
-"""Scoring, triplets a second: every response of a team's prompts, against TRL's computation of reference log-probs.
+"""Scoring, in triplets per second: every response to a team's prompts, against TRL's reference log-probabilities.
 
---peer pairs: the same without TRL.
+--peer pairs: the same computation without TRL.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from bench.ratio import RESULTS
 
 
 def rows() -> list[list[str]]:
-    """Those with a peer, by name."""
+    """The results that have a peer, by name."""
     found = []
     for path in sorted(RESULTS.glob("*.json")):
         figures: dict[str, Any] = json.loads(path.read_text())

@@ -1,7 +1,7 @@
-"""Training, triplets a second and peak memory: ours against TRL's DPOTrainer, or against the plain way.
+"""Training, in triplets per second and peak memory: ours against TRL's DPOTrainer, or against the plain way.
 
 --peer trl: DPOTrainer with precomputed references. pairs: the same without TRL. live: references scored in each step.
-A step takes the same rows on both sides, a triplet here is a pair there. The first step is not counted.
+A step takes the same rows on both sides: our triplet is the peer's pair. The first step is not counted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
         Group(prompt, chosen, rejected, [-50.0] * k, [[-60.0] * k] * k, [[1 / k] * k] * k)
         for prompt, (chosen, *rejected) in groups(shape, k)
     ]
-    settings: Any = SimpleNamespace(  # config.Optimisation's fields, where its packages are missing
+    settings: Any = SimpleNamespace(  # the fields of Optimisation, whose packages may be missing here
         learning_rate=1e-5,
         num_train_epochs=1 + shape.steps,
         per_device_train_batch_size=len(rows),
@@ -50,7 +50,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
         loop.self_play(
             model(shape),
             rows,
-            SimpleNamespace(name="tpaw", lambda_=LAMBDA, eta=ETA, per_token=False),  # type: ignore[arg-type]
+            SimpleNamespace(name="tpaw", lambda_=LAMBDA, eta=ETA, history=0.0, per_token=False),  # type: ignore[arg-type]
             settings,
             pad_id=0,
             seed=0,

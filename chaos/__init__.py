@@ -1,1 +1,1 @@
-"""Faults on purpose: what the project promises when something breaks, tried by breaking it."""
+"""Deliberate faults: what the project promises when something breaks, tested by breaking it."""

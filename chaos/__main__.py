@@ -1,7 +1,7 @@
-"""`make chaos FAULTS=200 SEED=7`: break the demo at a small scale, again and again, and count what went wrong.
+"""`make chaos FAULTS=200 SEED=7`: break a small version of the demo again and again, and count what goes wrong.
 
-Needs root, for file systems of its own. Prints a line a fault, a table by kind, and last
-`faults N kinds K lost L wrong W duplicates D orphans O`; ends with 1 where one of the last four is not 0.
+Needs root, to mount its own file systems. Prints one line per fault, a table by kind, and finally
+`faults N kinds K lost L wrong W duplicates D orphans O`; exits with 1 if any of the last four is not 0.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import pandas as pd
 
 from chaos.campaign import Campaign, Outcome
 from chaos.faults import KINDS
-from chaos.workspace import ROOT, Workspace
+from tests.support.workspace import ROOT, Project
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--jobs", type=int, default=2, help="workspaces side by side")
-    parser.add_argument("--kind", action="append", choices=list(KINDS), help="only this kind; repeat it")
-    parser.add_argument("--without-digests", action="store_true", help="compare no checkpoint or score: must fail")
-    parser.add_argument("--csv", type=Path, help="write every outcome there")
+    parser.add_argument("--jobs", type=int, default=2, help="workspaces in parallel")
+    parser.add_argument("--kind", action="append", choices=list(KINDS), help="only this kind; repeatable")
+    parser.add_argument("--without-digests", action="store_true", help="skip the digest checks: must fail")
+    parser.add_argument("--csv", type=Path, help="write every outcome to this file")
     arguments = parser.parse_args()
     if arguments.without_digests:
         os.environ["PYTHONPATH"] = str(ROOT / "chaos" / "without_digests")
@@ -39,7 +39,7 @@ def main() -> int:
     kinds: list[str] = []
     while len(kinds) < arguments.faults:
         kinds += draw.sample(names := arguments.kind or list(KINDS), len(names))
-    # Prefect and MLflow are started late: idle, they would take a part of the machine from everything else.
+    # Prefect and MLflow start late, because even when idle they slow down everything else.
     kinds = sorted(kinds[: arguments.faults], key=lambda kind: KINDS[kind].services)
     print(f"seed {arguments.seed}: {len(kinds)} faults of {len(set(kinds))} kinds", flush=True)
     jobs = range(min(arguments.jobs, len(kinds)))
@@ -63,9 +63,9 @@ def main() -> int:
 
 
 def run(folder: Path, kinds: list[str], seed: int) -> list[Outcome]:
-    """One workspace on a file system of its own, and its share of the faults."""
+    """Run one workspace, on its own file system, through its share of the faults."""
     with _disk(folder):
-        made = Workspace.make(folder / "workspace")
+        made = Project.make(folder / "workspace")
         try:
             made.preload()
             made.run("dvc", "repro")

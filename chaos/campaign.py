@@ -1,8 +1,8 @@
-"""A campaign: fault after fault in one workspace, each followed by the same command again, and what became of it.
+"""A campaign: one fault after another in one workspace; after each, the same command runs again and is checked.
 
-Before a fault the pipeline is set back to a stage drawn at random: outputs, versions and DVC's memory of what comes
-after are deleted, so that the command has real work to do. A fault that found nothing to strike is tried again, and
-does not count. Afterwards all must be as the undisturbed run left it.
+Before a fault the pipeline is reset to a randomly drawn stage: its outputs and versions, those of all later stages, and
+DVC's run cache are deleted, so that the command has real work to do. A fault that found nothing to strike is tried
+again and does not count. Afterwards everything must be as the undisturbed run left it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import psutil
 from ruamel.yaml import YAML
 
 from chaos import faults, processes
-from chaos.workspace import COMMANDS, Workspace
+from tests.support.workspace import COMMANDS, Project
 from tpaw_core.tracking.registry import MODEL
 
 PATIENCE = 300  # seconds that a command may take before it counts as hung
-MOMENTS = 2.0  # a fault strikes within so many seconds after its stage has begun
-TRIES = 10  # to find something to strike
+MOMENTS = 2.0  # a fault strikes within this many seconds of the start of its stage
+TRIES = 10  # attempts to find something to strike
 ORDER = (
     "sft",
     "evaluate-sft",
@@ -35,34 +35,34 @@ ORDER = (
 
 
 class Outcome(NamedTuple):
-    """What became of one fault."""
+    """The outcome of one fault."""
 
     kind: str
     stage: str
-    ended: int  # what the command that was struck, or met the damage first, ended with
+    ended: int  # exit status of the command that was struck, or that met the damage first
     lost: str  # why the same command, run again, did not complete
-    wrong: str  # what differs from the undisturbed run, or was damaged and not named
+    wrong: str  # what differs from the undisturbed run, or was damaged and not reported
     duplicates: int
     orphans: int
     seconds: float
 
 
 class Campaign:
-    """Faults in a workspace where one undisturbed run has been made."""
+    """Faults in a workspace that has completed one undisturbed run."""
 
-    def __init__(self, made: Workspace, seed: int) -> None:
+    def __init__(self, made: Project, seed: int) -> None:
         self.made, self.draw = made, random.Random(seed)
         self.outputs = {name: outs for name, outs in made.lock().items() if name != "report"}
 
     def suffer(self, kind: str) -> Outcome:
-        """One fault of a kind, the same command again, and a look at what became of it."""
+        """Cause one fault of a kind, run the same command again, and check the result."""
         started, fault = time.monotonic(), faults.KINDS[kind]
         if fault.services:
             self.made.up()
         if fault.damage:
             stage, wrong = self._damage(fault)
             ended = code = self._run(fault)
-            if code != 0:  # it may say what is damaged, and mend it
+            if code != 0:  # it may report the damage and fix it
                 code = self._run(fault)
         else:
             stage, ended = self._strike(fault)
@@ -85,7 +85,7 @@ class Campaign:
         )
 
     def set_back(self, stage: str, *, scores: bool) -> None:
-        """As if ``stage`` and all after it had never run, with or without the scores."""
+        """Make it as if ``stage`` and all later stages had never run; ``scores``: keep the scores."""
         folder = self.made.folder
         later = ORDER[ORDER.index(stage) :]
         yaml = YAML()
@@ -107,24 +107,24 @@ class Campaign:
         (folder / ".tpaw" / "registered.json").unlink(missing_ok=True)
 
     def _damage(self, fault: faults.Kind) -> tuple[str, str]:
-        """Set back to a stage after the one that made a file, and damage it; the stage, and what was not noticed."""
+        """Reset to a stage after the one that made a file, and damage it. Returns the stage and what went unnoticed."""
         assert fault.damage
         path = self.draw.choice(sorted(self.made.folder.glob(fault.pattern)))
         name = path.relative_to(self.made.folder).as_posix()
         output = name.rpartition("/")[0] if name.startswith("checkpoints") else name
         makers = [ORDER.index(stage) for stage, outs in self.outputs.items() if output in outs]
-        # A score that no stage reads again would stay damaged: named, and of no consequence.
+        # A score that no stage reads again would stay damaged: reported, but without consequence.
         end = ORDER.index("weights@1") + 1 if fault.pattern == faults.SCORES else len(ORDER)
         stage = self.draw.choice(ORDER[max(makers, default=0) + 1 : end])
         self.set_back(stage, scores=True)
         fault.damage(path, self.draw)
         if name == "dvc.lock":
-            return stage, ""  # it names itself by what runs again
+            return stage, ""  # only the outcome of the next run counts
         said = self.made.run("tpaw", "verify", check=False).stdout
         return stage, "" if output in said else f"{name} was damaged, and nobody noticed"
 
     def _strike(self, fault: faults.Kind) -> tuple[str, int]:
-        """Run the command, and break it within a stage; the stage, and what the command ended with."""
+        """Run the command, and break it within a stage. Returns the stage and the command's exit status."""
         for _ in range(TRIES):
             stage = self.draw.choice(ORDER)
             self.set_back(stage, scores=self.draw.random() < 0.5)
@@ -154,13 +154,13 @@ class Campaign:
         return int(process.returncode)
 
     def _lock_is_broken(self) -> bool:
-        """Whether `tpaw verify` says to delete dvc.lock: DVC writes it in place, a full disk leaves a part."""
+        """Whether `tpaw verify` says to delete dvc.lock: DVC writes it in place, so a full disk truncates it."""
         said = self.made.run("tpaw", "verify", check=False).stdout
         return any(line.startswith("dvc.lock: cannot be read") for line in said.splitlines())
 
     @contextmanager
     def _running(self, fault: faults.Kind) -> Iterator[psutil.Popen]:
-        """The fault's command, its lines in a log; waited for, and killed where it hangs."""
+        """Run the fault's command with its output in a log; wait for it, and kill it if it hangs."""
         self.made.preload()
         environment = dict(self.made.environment)
         if fault.strike is faults.lost_connection and self.made.proxy:
@@ -182,11 +182,11 @@ class Campaign:
                 process.wait()
 
     def _differences(self) -> Iterator[str]:
-        """What is not as the undisturbed run left it."""
+        """What differs from the undisturbed run."""
         found = self.made.lock()
         for name, outs in self.outputs.items():
             for path, md5 in outs.items():
-                # A team names its members' versions too, and these are new ones: `tpaw verify` looks at it.
+                # A team also names its members' versions, and these are new: `tpaw verify` checks it.
                 if found.get(name, {}).get(path) != md5 and not path.startswith("teams/"):
                     yield f"{path} has other bytes"
         said = self.made.run("tpaw", "verify", check=False)

@@ -1,8 +1,8 @@
-"""Twenty iterations of a tiny model in one flow: memory, open files and disk after each, with `prune_after`.
+"""Twenty iterations of a tiny model in one flow: memory, open files and disk use after each, with `prune_after`.
 
     python -m chaos.endurance [--iterations 20] [--csv FILE]
 
-Prints a line an iteration, and last the growth from the third iteration to the last one.
+Prints one line per iteration, and finally the growth from the third iteration to the last.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 import pandas as pd
 import psutil
 
-from chaos.workspace import COMMANDS, Workspace
+from tests.support.workspace import COMMANDS, Project
 
-FIRST = 3  # what is loaded once is loaded by then
+FIRST = 3  # everything that is loaded once has been loaded by then
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tpaw-endurance-") as folder:
-        made = Workspace.make(Path(folder) / "workspace", "sft.num_train_epochs=2", iterations=arguments.iterations)
+        made = Project.make(Path(folder) / "workspace", "sft.num_train_epochs=2", iterations=arguments.iterations)
         try:
             made.up()
             table = observe(made, arguments.iterations)
@@ -41,8 +41,8 @@ def main() -> None:
         print(f"{name}: {early[name]:.4g} -> {late[name]:.4g}, {100 * (late[name] / early[name] - 1):+.1f}%")
 
 
-def observe(made: Workspace, iterations: int) -> pd.DataFrame:
-    """One row an iteration: peak of resident MB, open files, and MB on disk when its checkpoint has been measured."""
+def observe(made: Project, iterations: int) -> pd.DataFrame:
+    """One row per iteration: peak resident MB, open files, and MB on disk once its checkpoint has been evaluated."""
     command = [*COMMANDS["flow"], "--param", "prune_after=true"]
     rows, peak = [], dict.fromkeys(("flow MB", "preloaded MB", "worker MB", "flow files", "preloaded files"), 0.0)
     with made.log("repro").open("ab") as log:
@@ -52,7 +52,7 @@ def observe(made: Workspace, iterations: int) -> pd.DataFrame:
         with suppress(psutil.Error):
             for name, value in _sample(made).items():
                 peak[name] = max(peak[name], value)
-        # The next iteration's answers are there: this one was measured and pruned.
+        # The next iteration's answers exist, so this one has been evaluated and pruned.
         done, last = len(rows) + 1, len(rows) + 1 == iterations
         if (made.folder / f"synthetic/{done + 1}.parquet").exists() or (last and process.poll() is not None):
             size = sum(path.stat().st_size for path in made.folder.rglob("*") if path.is_file() and _ours(made, path))
@@ -63,7 +63,7 @@ def observe(made: Workspace, iterations: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _sample(made: Workspace) -> dict[str, float]:
+def _sample(made: Project) -> dict[str, float]:
     worker = made.service("worker")
     assert worker is not None
     found = {"worker MB": worker.memory_info().rss / 1e6}
@@ -75,8 +75,8 @@ def _sample(made: Workspace) -> dict[str, float]:
     return found
 
 
-def _ours(made: Workspace, path: Path) -> bool:
-    """What a run writes, without the databases and logs of the services."""
+def _ours(made: Project, path: Path) -> bool:
+    """Whether a run wrote this file; the services' databases and logs do not count."""
     return (
         path.relative_to(made.folder).parts[:2] not in {(".tpaw", "prefect"), (".tpaw", "logs")}
         and path.suffix != ".db"

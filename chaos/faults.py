@@ -1,6 +1,6 @@
-"""The kinds of faults: what is done to a command that runs, or to a file at rest.
+"""The kinds of faults: what is done to a running command, or to a file at rest.
 
-A fault at rest gives the path that it damaged; whoever runs next must notice it and name it.
+A fault at rest damages one file; the next command must notice and report it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Literal, NamedTuple
 import psutil
 
 from chaos import processes
-from chaos.workspace import Workspace
+from tests.support.workspace import Project
 
-Strike = Callable[[Workspace], bool]  # whether there was something to strike
-Hold = Callable[[Path], AbstractContextManager[None]]  # the workspace's folder, or one in it
+Strike = Callable[[Project], bool]  # whether there was something to strike
+Hold = Callable[[Path], AbstractContextManager[None]]  # the workspace's folder, or one inside it
 Damage = Callable[[Path, random.Random], None]
 
 
 class Kind(NamedTuple):
-    """A kind of fault: what runs, and one thing that is done to it or to a file that it reads."""
+    """A kind of fault: the command that runs, and one thing that is done to it or to a file that it reads."""
 
     command: Literal["repro", "flow"]
     strike: Strike | None = None
@@ -39,7 +39,7 @@ class Kind(NamedTuple):
         return self.command == "flow" or self.strike is lost_connection
 
 
-# To a command that runs -----------------------------------------------------------------------------------------------
+# To a running command -------------------------------------------------------------------------------------------------
 
 
 def stage(number: int) -> Strike:
@@ -48,19 +48,19 @@ def stage(number: int) -> Strike:
 
 
 def parent(number: int) -> Strike:
-    """A signal to the dvc that started the stage."""
+    """A signal to the dvc process that started the stage."""
     return lambda made: _send(number, processes.jobs(made.server)[:1])
 
 
-def server(made: Workspace) -> bool:
-    """The preloaded process itself."""
+def server(made: Project) -> bool:
+    """`kill -9` of the preloaded process itself."""
     return _send(signal.SIGKILL, [made.server])
 
 
 def flow(number: int) -> Strike:
-    """A signal to the flow run's process, which the worker has started."""
+    """A signal to the flow run's process, which the worker started."""
 
-    def strike(made: Workspace) -> bool:
+    def strike(made: Project) -> bool:
         worker = made.service("worker")
         return _send(number, worker.children() if worker else [])
 
@@ -72,16 +72,16 @@ def service(name: str) -> Strike:
     return lambda made: _send(signal.SIGKILL, [p] if (p := made.service(name)) else [])
 
 
-def lost_connection(made: Workspace) -> bool:
-    """The next connection to MLflow is cut, and for a second none is accepted."""
+def lost_connection(made: Project) -> bool:
+    """The next connection to MLflow is cut, and for one second no other is accepted."""
     assert made.proxy
     return made.proxy.drop()
 
 
 def second(command: str) -> Strike:
-    """The same command once more, beside the one that runs."""
+    """The same command a second time, alongside the running one."""
 
-    def strike(made: Workspace) -> bool:
+    def strike(made: Project) -> bool:
         made.again(command)
         return True
 
@@ -99,7 +99,7 @@ def _send(number: int, targets: list[psutil.Process]) -> bool:
 
 @contextmanager
 def full_disk(folder: Path) -> Iterator[None]:
-    """No byte is free on the workspace's file system, which is its own."""
+    """The workspace's own file system has no free byte."""
     filler = folder.parent / "filler"
     with filler.open("wb", buffering=0) as file, suppress(OSError):
         while file.write(bytes(1 << 20)):
@@ -115,7 +115,7 @@ def full_disk(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Nothing can be written in a folder: mounted over itself, as the rights of root are no obstacle."""
+    """A folder is read-only: it is mounted over itself, because permissions do not stop root."""
     subprocess.run(["mount", "--bind", folder, folder], check=True)
     subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
     try:
@@ -128,7 +128,7 @@ def read_only(folder: Path) -> Iterator[None]:
 
 
 def flip(path: Path, draw: random.Random) -> None:
-    """One bit, in place."""
+    """Flip one bit, in place."""
     with _writable(path), path.open("r+b") as file:
         place = draw.randrange(path.stat().st_size)
         file.seek(place)

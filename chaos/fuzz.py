@@ -1,8 +1,8 @@
-"""Hostile input, sought by coverage: whatever the bytes, a clear error or right behaviour, and never a hang.
+"""Coverage-guided hostile input: for any bytes, correct behaviour or a clear error, and never a hang.
 
     make fuzz TARGET=jsonl SECONDS=1200
 
-An input that raises anything but TpawError, or takes ten seconds, ends the run and is left in the current folder.
+An input that raises anything but TpawError, or takes ten seconds, ends the run and is saved in the current folder.
 """
 
 from __future__ import annotations
@@ -27,25 +27,23 @@ def main() -> None:
     parser.add_argument("target", choices=list(targets.TARGETS))
     parser.add_argument("--seconds", type=int, default=1200, help="of processor time")
     arguments = parser.parse_args()
-    left = Path.cwd()
-    os.chdir(tempfile.mkdtemp(prefix="tpaw-fuzz-"))
-    inputs = Path("inputs")
+    folder = Path(tempfile.mkdtemp(prefix="tpaw-fuzz-"))
+    inputs = folder / "inputs"
     inputs.mkdir()
     for number, seed in enumerate(targets.seeds(arguments.target)):
         (inputs / str(number)).write_bytes(seed)
 
     def once(content: bytes) -> None:
         try:
-            targets.TARGETS[arguments.target][0](content)
+            targets.TARGETS[arguments.target][0](folder, content)
         except TpawError as error:
             if not str(error).strip():
-                raise AssertionError("an error that says nothing") from error
+                raise AssertionError("an error without a message") from error
         if time.process_time() > arguments.seconds:
-            os.kill(os.getpid(), signal.SIGTERM)  # libFuzzer prints its figures and ends
+            os.kill(os.getpid(), signal.SIGTERM)  # libFuzzer prints its figures and exits
 
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # rows that are left out are said; libFuzzer writes to stderr
     options = ["-timeout=10", "-rss_limit_mb=4096", "-print_final_stats=1"]
-    atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={left}/{arguments.target}-", str(inputs)], once)
+    atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={Path.cwd()}/{arguments.target}-", str(inputs)], once)
     atheris.Fuzz()
 
 

@@ -1,4 +1,4 @@
-"""The processes that work in a workspace, found by what they are and not by who started them."""
+"""The processes that work in a workspace, found by what they are, not by what started them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psutil
 
 
 def of(folder: Path) -> set[psutil.Process]:
-    """Every living process whose current folder is the workspace."""
+    """Every live process whose current folder is the workspace."""
     found = set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -29,7 +29,7 @@ def jobs(server: psutil.Process) -> list[psutil.Process]:
 
 
 def orphans(folder: Path, known: Collection[psutil.Process], seconds: float = 5.0) -> set[psutil.Process]:
-    """Who is left in the workspace beside ``known``, after some time to end."""
+    """The processes left in the workspace besides ``known``, after some time to exit."""
     deadline = time.monotonic() + seconds
     while left := of(folder) - set(known):
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""A connection between the stages and MLflow that can be lost."""
+"""A connection between the stages and MLflow that can be cut."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import time
 from contextlib import suppress
 
 SECONDS_AWAY = 1.0
-PATIENCE = 5.0  # seconds to wait for a connection that can be cut
+PATIENCE = 5.0  # seconds to wait for a connection to cut
 
 
 class Proxy:
-    """Forwards bytes from a port of its own to another one."""
+    """Forwards bytes from its own port to another one."""
 
     def __init__(self, target: int) -> None:
         self._target = target
@@ -23,7 +23,7 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def drop(self) -> bool:
-        """Cut every connection as soon as there is one, and accept none for a second; False where none came."""
+        """Cut every connection as soon as there is one, and accept none for a second; False if none came."""
         deadline = time.monotonic() + PATIENCE
         while not self._pairs:
             if time.monotonic() > deadline:

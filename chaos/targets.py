@@ -1,7 +1,7 @@
-"""What reads files and text that somebody else may have written, as functions of bytes.
+"""The readers of files and text that someone else may have written, as functions of a folder and bytes.
 
-Each may raise TpawError and nothing else, and what it lets through must be right. `chaos.fuzz` seeks inputs by
-coverage, the tests draw some.
+Each may raise TpawError and nothing else, and what it accepts must be correct. `chaos.fuzz` searches for inputs by
+coverage; the tests draw some at random.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,57 +23,57 @@ from tpaw_core.data import arithmetic, encoding, prepare
 from tpaw_core.data.rows import read_rows
 from tpaw_core.engine import scratch
 from tpaw_core.workspace import files
+from tpaw_core.workspace.paths import Workspace
 
 ROOT = Path(__file__).parents[1]
 
 
-def rows(content: bytes, kind: str) -> None:
+def rows(folder: Path, content: bytes, kind: str) -> None:
     """A file of rows, as JSON lines, CSV or Parquet."""
-    path = Path(f"rows.{kind}")
+    workspace, path, heldout = Workspace(folder), folder / f"rows.{kind}", folder / "heldout.jsonl"
     path.write_bytes(content)
-    heldout = Path("heldout.jsonl")
     heldout.write_text('{"prompt": "held out", "completion": "yes"}\n')
-    counts = prepare.prepare(Data(path=str(path), heldout_path=str(heldout), max_skipped=0.5), seed=0)
+    counts = prepare.prepare(workspace, Data(path=path.name, heldout_path=heldout.name, max_skipped=0.5), seed=0)
     assert counts["train"] == sum(1 for _ in read_rows(workspace.train_rows))
 
 
-def params(content: bytes) -> None:
+def params(folder: Path, content: bytes) -> None:
     """params.yaml."""
-    Path("params.yaml").write_bytes(content)
-    found = params_file.load()
-    assert found.digest() == params_file.load().digest()
+    path = Workspace(folder).params_file
+    path.write_bytes(content)
+    assert params_file.load(path).digest() == params_file.load(path).digest()
 
 
-def override(content: bytes) -> None:
+def override(folder: Path, content: bytes) -> None:
     """`tpaw use demo SECTION.KEY=VALUE`."""
-    text = content.decode(errors="ignore")
-    params_file.resolve(str(ROOT / "recipes" / "demo.yaml"), [text])
+    params_file.resolve(Workspace(ROOT), "demo", [content.decode(errors="ignore")])
 
 
-def manifest(content: bytes) -> None:
-    """A checkpoint's manifest.json, with the digest of its files set right as an attacker would."""
-    folder = workspace.checkpoint(1)
-    folder.mkdir(parents=True, exist_ok=True)
+def manifest(folder: Path, content: bytes) -> None:
+    """A checkpoint's manifest.json, with the digest of its files corrected, as an attacker would."""
+    workspace = Workspace(folder)
+    own = workspace.checkpoint(1)
+    own.mkdir(parents=True, exist_ok=True)
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         found = json.loads(content)
         content = json.dumps({**found, "digest": files.digest(found["files"])}).encode()
-    (folder / checkpoint.MANIFEST).write_bytes(content)
-    found = checkpoint.verify(folder)
-    assert all((folder / name).is_file() for name in found["files"])
+    (own / checkpoint.MANIFEST).write_bytes(content)
+    assert all((own / name).is_file() for name in checkpoint.verify(workspace, 1).files)
 
 
-def team(content: bytes) -> None:
+def team(folder: Path, content: bytes) -> None:
     """teams/1.json."""
+    workspace = Workspace(folder)
     workspace.team(1).parent.mkdir(exist_ok=True)
     workspace.team(1).write_bytes(content)
-    for member in read_team(1)["members"]:
-        for name in ("checkpoint", "synthetic"):
-            assert Path(member[name]).resolve().is_relative_to(Path.cwd())
+    for member in read_team(workspace, 1).members:
+        for name in (member.checkpoint, member.synthetic):
+            assert workspace.place(name).resolve().is_relative_to(folder.resolve())
 
 
-def scores(content: bytes) -> None:
-    """A file of the score store, named for its bytes as an attacker would."""
-    path = Path(f"{score_store.name(content)}.npy")
+def scores(folder: Path, content: bytes) -> None:
+    """A file of the score store, named after its bytes, as an attacker would."""
+    path = folder / f"{score_store.name(content)}.npy"
     path.write_bytes(content)
     try:
         score_store.read(path)
@@ -81,16 +81,17 @@ def scores(content: bytes) -> None:
         path.unlink()
 
 
-def answers(content: bytes) -> None:
+def answers(folder: Path, content: bytes) -> None:
     """A Parquet file of synthetic data."""
-    workspace.synthetic(1).parent.mkdir(exist_ok=True)
-    workspace.synthetic(1).write_bytes(content)
-    read_responses(workspace.synthetic(1), ["0" * 16])
+    path = Workspace(folder).synthetic(1)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    read_responses(path, ["0" * 16])
 
 
-def weights(content: bytes) -> None:
+def weights(folder: Path, content: bytes) -> None:
     """A Parquet file of weights."""
-    path = workspace.weights(1)
+    path = Workspace(folder).weights(1)
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
     found = read_weights(path, 2)
@@ -102,14 +103,14 @@ def _tokenizer() -> Any:
     return scratch.tokenizer(PAIRS, Scratch(vocab_size=300), 128)
 
 
-def text(content: bytes) -> None:
-    """A row's text: the ids give the text back, and no turn begins or ends within it."""
-    tokenizer = _tokenizer()
+def text(folder: Path, content: bytes) -> None:
+    """A row's text: the ids decode to the same text, and no turn begins or ends inside it."""
+    workspace, tokenizer = Workspace(folder), _tokenizer()
     said = content.decode("utf-8", errors="surrogateescape" if len(content) % 2 else "ignore")
     item = {"prompt": said, "completion": said}
-    Path("text.jsonl").write_text(json.dumps(item) + "\n")
-    Path("heldout.jsonl").write_text('{"prompt": "held out", "completion": "yes"}\n')
-    prepare.prepare(Data(path="text.jsonl", heldout_path="heldout.jsonl", max_skipped=0.0), seed=0)
+    (folder / "text.jsonl").write_text(json.dumps(item) + "\n")
+    (folder / "heldout.jsonl").write_text('{"prompt": "held out", "completion": "yes"}\n')
+    prepare.prepare(workspace, Data(path="text.jsonl", heldout_path="heldout.jsonl", max_skipped=0.0), seed=0)
     (row,) = read_rows(workspace.train_rows)
     found = encoding.encode([row], tokenizer, max_length=100_000, max_skipped=0.0, name="text")
     *ids, eos = found.chosen[0]
@@ -121,7 +122,7 @@ def text(content: bytes) -> None:
 PAIRS = [json.dumps({"prompt": p, "completion": a}) for p, a in arithmetic.problems(3, seed=1)]
 MANIFEST: dict[str, Any] = {
     "iteration": 1, "digest": "", "parent": None, "team": ["0"], "made_from": {"data/train.jsonl": "0"},
-    "params": {"seed": 1}, "versions": {"torch": "2"},
+    "params": {"seed": 1}, "versions": {"torch": "2"}, "code": {"engine": "0"},
 }  # fmt: skip
 MEMBER = {
     "iteration": 0, "version": 1, "digest": "0", "checkpoint": "checkpoints/0", "synthetic": "synthetic/1.parquet",
@@ -129,12 +130,12 @@ MEMBER = {
 }  # fmt: skip
 TEAM = {"iteration": 1, "policy": "latest", "players": 1, "members": [MEMBER]}
 TARGETS: dict[str, tuple[Callable[..., None], list[bytes]]] = {
-    "jsonl": (lambda content: rows(content, "jsonl"), ["\n".join(PAIRS).encode(), b'{"messages": [{"role": "user"}]}']),
-    "csv": (lambda content: rows(content, "csv"), [b'prompt,completion\n"one, two",3\n']),
-    "parquet": (lambda content: rows(content, "parquet"), []),
+    "jsonl": (partial(rows, kind="jsonl"), ["\n".join(PAIRS).encode(), b'{"messages": [{"role": "user"}]}']),
+    "csv": (partial(rows, kind="csv"), [b'prompt,completion\n"one, two",3\n']),
+    "parquet": (partial(rows, kind="parquet"), []),
     "params": (params, [(ROOT / "params.yaml").read_bytes()]),
     "override": (override, [b"objective.eta=2", b"team.exclude=[1]", b"iterations.2.eta=3"]),
-    "manifest": (manifest, [json.dumps(MANIFEST | {"files": files}).encode() for files in ({}, {"../x": "0"})]),
+    "manifest": (manifest, [json.dumps(MANIFEST | {"files": sums}).encode() for sums in ({}, {"../x": "0"})]),
     "team": (team, [json.dumps(TEAM).encode(), json.dumps(TEAM | {"members": [{"iteration": 0}]}).encode()]),
     "scores": (scores, []),
     "answers": (answers, []),
@@ -144,7 +145,7 @@ TARGETS: dict[str, tuple[Callable[..., None], list[bytes]]] = {
 
 
 def seeds(target: str) -> list[bytes]:
-    """What to begin with: sound input, and what is known to hurt."""
+    """The first inputs: valid ones, and ones known to cause trouble."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,33 +1,52 @@
-"""What the tests share: tiny models made by `tpaw_core.scratch`, rows of the demo's corpus, a workspace in tmp_path."""
+"""What the tests share: tiny models, rows of the demo's corpus, a workspace in tmp_path.
+
+Imports torch and transformers where a fixture needs them, so that tests of plain code start at once.
+"""
 
 from __future__ import annotations
 
 import copy
+import logging
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.update(HF_HUB_OFFLINE="1", MLFLOW_DISABLE_TELEMETRY="true", TOKENIZERS_PARALLELISM="false")
+os.environ["OMP_NUM_THREADS"] = "1"  # two xdist workers share two cores
 
 import pytest
-import torch
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForCausalLM
+from filelock import FileLock
 
+from tests.support.workspace import COMMANDS, Project
 from tpaw_core.artifacts import checkpoint
 from tpaw_core.config import params_file
 from tpaw_core.config.params import Params, Scratch
 from tpaw_core.data import arithmetic, encoding
 from tpaw_core.data.rows import Row
-from tpaw_core.engine import scratch
-
-torch.set_num_threads(1)  # two xdist workers share two cores
+from tpaw_core.processes import fork_server
+from tpaw_core.workspace.paths import Workspace
 
 ROOT = Path(__file__).parents[1]
 MAX_LENGTH = 128
 TINY = Scratch(vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+
+
+@pytest.fixture(autouse=True)
+def _messages_reach_caplog() -> None:
+    """Whatever a test or a command did to the package's logger before: it passes everything on to pytest's handler."""
+    package = logging.getLogger("tpaw_core")
+    package.handlers, package.propagate = [], True
+    package.setLevel(logging.INFO)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    """An empty workspace."""
+    return Workspace(tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -46,12 +65,17 @@ def rows() -> list[Row]:
 
 @pytest.fixture(scope="session")
 def tokenizer(rows: list[Row]) -> Any:
+    from tpaw_core.engine import scratch
+
     return scratch.tokenizer([m["content"] + row.completion for row in rows for m in row.prompt], TINY, MAX_LENGTH)
 
 
 @pytest.fixture(scope="session")
 def make_model(tokenizer: Any) -> Callable[[int], Any]:
     """A new tiny model (hidden 64, head_dim 32) for a seed; sharper than at random, so that log-probs differ."""
+    import torch
+
+    from tpaw_core.engine import scratch
 
     def make(seed: int) -> Any:
         model = scratch.model(TINY, tokenizer, max_length=MAX_LENGTH, seed=seed)
@@ -129,6 +153,7 @@ CHATML = (
 @pytest.fixture
 def variant(tokenizer: Any) -> Callable[[str], Any]:
     """The tokenizer as it is, or with another template, or one that puts BOS before every text, as Llama's does."""
+    from tokenizers.processors import TemplateProcessing
 
     def make(kind: str) -> Any:
         made = copy.deepcopy(tokenizer)
@@ -163,6 +188,8 @@ COMMON = {
 @pytest.fixture(scope="session")
 def architecture() -> Callable[..., Any]:
     """Makes a small model of another family, with weights large enough for log-probabilities to differ."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     def make(kind: str, **changes: Any) -> Any:
         torch.manual_seed(1)
@@ -173,3 +200,56 @@ def architecture() -> Callable[..., Any]:
         return model.eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """A project after `dvc repro` of SFT and two iterations. Tests that change something take a copy."""
+    project = _shared(tmp_path_factory, "finished", _two_iterations)
+    project.preload()
+    yield project
+    project.close()
+
+
+@pytest.fixture
+def project(finished: Project, tmp_path: Path) -> Iterator[Project]:
+    """A copy of the finished project."""
+    made = finished.copy(tmp_path / "project")
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def longer(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """The finished project after two more iterations. Tests that change something take a copy."""
+    made = _shared(tmp_path_factory, "longer", partial(_four_iterations, finished))
+    made.environment[fork_server.ADDRESS] = finished.environment[fork_server.ADDRESS]
+    yield made
+    made.close()
+
+
+def _two_iterations(folder: Path) -> Project:
+    made = Project.make(folder, "sft.num_train_epochs=2")
+    made.preload()
+    made.run(*COMMANDS["repro"])
+    return made
+
+
+def _four_iterations(finished: Project, folder: Path) -> Project:
+    made = finished.copy(folder)
+    made.keep_iterations(4)
+    made.run(*COMMANDS["repro"])
+    return made
+
+
+def _shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Project]) -> Project:
+    """A project that is made once for all processes of pytest-xdist."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder, done = root / name, root / f"{name}.done"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make(folder).close()
+            done.touch()
+    return Project(folder)

@@ -1,17 +1,17 @@
-"""Loaded by every Python of `python -m chaos --without-digests`: checkpoints and scores are taken as they are."""
+"""Loaded by every Python of `python -m chaos --without-digests`: checkpoints and scores are used unchecked."""
 
 from pathlib import Path
 
-from tpaw_core.artifacts import checkpoint
+from tpaw_core.artifacts import checkpoint, score_store
 
 
 class _Blind:
-    """`workspace` as the score store sees it: each file has the sum that it is named for."""
+    """`files` as the score store sees it: each file has the sum that its name gives."""
 
     @staticmethod
     def sha256(path: Path) -> str:
         return path.stem
 
 
-score_store.workspace = _Blind  # type: ignore[assignment]
+score_store.files = _Blind  # type: ignore[assignment]
 checkpoint.verify = checkpoint.manifest

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from latent_skill import without_carry
 from tpaw_core.artifacts import checkpoint
 from tpaw_core.config.params import Generation, Params
 from tpaw_core.data import arithmetic, encoding
-from tpaw_core.data.endings import Response
+from tpaw_core.data.endings import Ending, Response
 from tpaw_core.data.rows import Row, read_rows
 from tpaw_core.engine import scoring
 from tpaw_core.engine.generation import in_process
@@ -80,7 +79,7 @@ def carries(count: int) -> list[tuple[str, str, str]]:
 def diagnose(folder: Path, params: Params, rows: Sequence[Row]) -> dict[str, float]:
     """The figures of one checkpoint."""
     model, tokenizer = checkpoint.load_model(folder), checkpoint.load_tokenizer(folder)
-    options: dict[str, Any] = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id, "seed": 0}
+    options: dict[str, Any] = {"ending": Ending.of(tokenizer), "pad_id": tokenizer.pad_token_id, "seed": 0}
     settings = Generation(max_new_tokens=params.generation.max_new_tokens, batch_size=500)
 
     def answers(texts: Sequence[str], temperature: float) -> tuple[list[Any], list[Response], list[str]]:
@@ -135,19 +134,18 @@ def main() -> None:
     parser.add_argument("--name", default="diagnosis", help="of the CSV file")
     arguments = parser.parse_args()
     plan = Plan.model_validate_json((arguments.study / PLAN_FILE).read_text())
-    best = results.best_rates(plan, results.read(arguments.study, results.GRID_FILE))
-    found, home = [], Path.cwd()
+    best = results.best_rates(plan, results.read_csv(arguments.study, results.GRID_FILE))
+    found = []
     for seed in plan.seeds[: arguments.seeds]:
         for number, method in enumerate(plan.methods):
             cell = plan.cell(method, arguments.rate or best[method], seed)
-            os.chdir(cell.folder(arguments.study))
+            workspace = cell.workspace(arguments.study)
             rows = [row for _, row in zip(range(ROWS), read_rows(workspace.heldout_rows), strict=False)]
             if number == 0:  # all methods start from one checkpoint
                 figures = diagnose(workspace.checkpoint(0), cell.params, rows)
                 found.append({"method": "SFT, the start", "seed": seed, "iteration": 0, **figures})
             figures = diagnose(workspace.checkpoint(plan.iterations), cell.params, rows)
             found.append({"method": method, "seed": seed, "iteration": plan.iterations, **figures})
-            os.chdir(home)
     table = pd.DataFrame(found)
     table.to_csv(arguments.study / f"{arguments.name}.csv", index=False, float_format="%.5g")
     print(table.groupby(["iteration", "method"], sort=False).mean(numeric_only=True).drop(columns="seed").round(3))

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 from pathlib import Path
 
 from tpaw_core.config import params_file
 from tpaw_core.data import arithmetic
+from tpaw_core.stages.context import Context
 from tpaw_core.stages.data import data
 from tpaw_core.stages.evaluate import evaluate
 from tpaw_core.stages.sft import sft
+from tpaw_core.workspace.paths import Workspace
 
 BASE_ROWS, CLEAN_ROWS, HELDOUT_ROWS = 12_000, 200, 5_500
 HABIT = 0.6
@@ -75,6 +76,7 @@ def main() -> None:
     for number, seed in enumerate(SEEDS):
         write(folder / f"clean-{seed}.jsonl", clean[number * CLEAN_ROWS : (number + 1) * CLEAN_ROWS])
     params, _ = params_file.resolve(
+        Workspace(),
         "demo",
         [
             f"data.path={(folder / 'base.jsonl').resolve()}",
@@ -85,10 +87,10 @@ def main() -> None:
         ],
     )
     (folder / "base").mkdir(exist_ok=True)
-    os.chdir(folder / "base")
-    data(params)
-    sft(params, None)
-    evaluate(params, 0, None)
+    context = Context(Workspace(folder / "base"), params)
+    data(context)
+    sft(context)
+    evaluate(context, 0)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ BEGIN, END = "<!-- made by summary.py -->\n", "<!-- until here -->"
 
 def main() -> None:
     plans = {task: Plan.model_validate_json((HOME / task / PLAN_FILE).read_text()) for task in TASKS}
-    grids = {task: results.read(HOME / task, results.GRID_FILE) for task in TASKS}
+    grids = {task: results.read_csv(HOME / task, results.GRID_FILE) for task in TASKS}
     text = "\n\n".join(
         (
             "Held-out accuracy after the last iteration, in percent: mean over seeds with its 95% interval, and the "
@@ -33,9 +33,9 @@ def main() -> None:
             _claims(grids),
         )
     )
-    page = HOME / "README.md"
-    before, _, rest = page.read_text().partition(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n{text}\n\n{END}{rest.partition(END)[2]}")
+    readme = HOME / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{text}\n\n{END}{rest.partition(END)[2]}")
 
 
 def _accuracy(plans: dict[str, Plan], grids: dict[str, pd.DataFrame]) -> str:

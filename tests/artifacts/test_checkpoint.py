@@ -10,24 +10,28 @@ from typing import Any
 import pytest
 import torch
 
-from tpaw_core.artifacts import checkpoint
+from tpaw_core.artifacts import checkpoint, code
 from tpaw_core.errors import TpawError
 from tpaw_core.workspace import files
+from tpaw_core.workspace.paths import Workspace
 
 Break = Callable[[Path], Any]
 
 
 @pytest.fixture
-def folder(model: Any, save_checkpoint: Callable[..., Any], tmp_path: Path) -> Path:
-    save_checkpoint(model, tmp_path / "1", iteration=1, parent="f" * 64)
-    return tmp_path / "1"
+def folder(model: Any, save_checkpoint: Callable[..., Any], workspace: Workspace) -> Path:
+    """Checkpoint 1 of the workspace."""
+    save_checkpoint(model, workspace.checkpoint(1), iteration=1, parent="f" * 64)
+    return workspace.checkpoint(1)
 
 
-def test_a_sound_checkpoint_is_verified_and_loads_what_was_saved(folder: Path, model: Any, tokenizer: Any) -> None:
-    found = checkpoint.verify(folder)
-    assert (found["iteration"], found["parent"], found["team"]) == (1, "f" * 64, [])
-    assert set(found["files"]) == {path.name for path in folder.iterdir()} - {"manifest.json"}
-    assert "model.safetensors" in found["files"]
+def test_a_sound_checkpoint_is_verified_and_loads_what_was_saved(
+    folder: Path, workspace: Workspace, model: Any, tokenizer: Any
+) -> None:
+    found = checkpoint.verify(workspace, 1)
+    assert (found.iteration, found.parent, found.team) == (1, "f" * 64, [])
+    assert set(found.files) == {path.name for path in folder.iterdir()} - {"manifest.json"}
+    assert "model.safetensors" in found.files
     loaded = checkpoint.load_model(folder, dtype="float32")
     assert not loaded.training
     for ours, theirs in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True):
@@ -64,17 +68,19 @@ def flip_a_byte(path: Path) -> None:
         ),
     ],
 )
-def test_what_was_done_to_a_checkpoint_is_found_and_named(harm: Break, message: str, folder: Path) -> None:
+def test_what_was_done_to_a_checkpoint_is_found_and_named(
+    harm: Break, message: str, folder: Path, workspace: Workspace
+) -> None:
     harm(folder)
     with pytest.raises(TpawError, match=message):
-        checkpoint.verify(folder)
+        checkpoint.verify(workspace, 1)
 
 
-def test_a_pickle_is_refused_also_where_the_manifest_lists_it(model: Any, folder: Path) -> None:
+def test_a_pickle_is_refused_even_if_the_manifest_lists_it(folder: Path, workspace: Workspace) -> None:
     (folder / "optimizer.pt").write_bytes(b"x")
     checkpoint.seal(folder, 1, checkpoint.Origin())
     with pytest.raises(TpawError, match=r"optimizer\.pt: is a pickle file"):
-        checkpoint.verify(folder)
+        checkpoint.verify(workspace, 1)
 
 
 def without(key: str) -> Callable[[dict[str, Any]], Any]:
@@ -89,46 +95,52 @@ def without(key: str) -> Callable[[dict[str, Any]], Any]:
         lambda found: {**found, "digest": "0" * 64},
         lambda found: {**found, "files": {**found["files"], "config.json": "0" * 64}},
         lambda found: {**found, "files": None},
+        lambda found: {**found, "files": ["config.json"]},
+        lambda found: {**found, "code": {"engine": 1}},
         lambda found: [found],
         lambda found: None,
     ],
 )
-def test_a_damaged_manifest_is_refused(damage: Callable[[Any], Any], folder: Path) -> None:
+def test_a_damaged_manifest_is_refused(damage: Callable[[Any], Any], folder: Path, workspace: Workspace) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps(damage(json.loads(path.read_text()))))
     with pytest.raises(TpawError, match=r"manifest\.json: is damaged; restore it with `dvc checkout"):
-        checkpoint.manifest(folder)
+        checkpoint.manifest(workspace, 1)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
-def test_a_manifest_that_is_no_json_is_refused(content: bytes, folder: Path) -> None:
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 5000])
+def test_a_manifest_that_is_not_json_is_refused(content: bytes, folder: Path, workspace: Workspace) -> None:
     (folder / "manifest.json").write_bytes(content)
     with pytest.raises(TpawError, match=r"manifest\.json: is damaged"):
-        checkpoint.verify(folder)
+        checkpoint.verify(workspace, 1)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "deep/file"])
-def test_a_name_that_leaves_the_folder_is_refused(name: str, folder: Path) -> None:
+def test_a_name_outside_the_folder_is_refused(name: str, folder: Path, workspace: Workspace) -> None:
     path = folder / "manifest.json"
     found = json.loads(path.read_text())
     found["files"][name] = "0" * 64
     path.write_text(json.dumps({**found, "digest": files.digest(found["files"])}))
-    with pytest.raises(TpawError, match="leaves the checkpoint's folder"):
-        checkpoint.verify(folder)
+    with pytest.raises(TpawError, match="lies outside the checkpoint's folder"):
+        checkpoint.verify(workspace, 1)
 
 
 def test_the_digest_depends_on_bytes_and_on_nothing_else(
-    make_model: Callable[[int], Any], save_checkpoint: Callable[..., Any], folder: Path, tmp_path: Path
+    make_model: Callable[[int], Any],
+    save_checkpoint: Callable[..., Any],
+    folder: Path,
+    workspace: Workspace,
+    tmp_path: Path,
 ) -> None:
-    first = checkpoint.verify(folder)["digest"]
+    first = checkpoint.verify(workspace, 1).digest
     copy = tmp_path / "elsewhere" / "2"
     shutil.copytree(folder, copy)
     for path in copy.iterdir():
         os.utime(path, (0, 0))
         path.chmod(0o600)
-    assert checkpoint.seal(copy, 2, checkpoint.Origin(params={"seed": 2}))["digest"] == first
-    assert save_checkpoint(make_model(0), tmp_path / "same", iteration=7)["digest"] == first
-    assert save_checkpoint(make_model(1), tmp_path / "other")["digest"] != first
+    assert checkpoint.seal(copy, 2, checkpoint.Origin(params={"seed": 2})).digest == first
+    assert save_checkpoint(make_model(0), tmp_path / "same", iteration=7).digest == first
+    assert save_checkpoint(make_model(1), tmp_path / "other").digest != first
 
 
 def test_a_folder_with_only_a_pickle_is_not_loaded(model: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -154,3 +166,58 @@ def test_a_model_file_that_cannot_be_read_is_refused(content: bytes | None, fold
     path.write_bytes(path.read_bytes()[:-100] if content is None else content)
     with pytest.raises(TpawError, match=f"model '{folder}': cannot be loaded"):
         checkpoint.load_model(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_is_written_in_the_dtype_that_was_asked_for(
+    dtype: str, make_model: Callable[[int], Any], tokenizer: Any, workspace: Workspace
+) -> None:
+    origin = checkpoint.Origin("a" * 64, ["b" * 64], {"data/train.jsonl": "c" * 64}, {"seed": 1})
+    workspace.pruned(2).parent.mkdir(parents=True)
+    workspace.pruned(2).write_text("of the checkpoint that was here before")
+    checkpoint.write(workspace, 2, make_model(0), tokenizer, origin, dtype=dtype)
+    found = checkpoint.verify(workspace, 2)
+    assert checkpoint.Origin(found.parent, found.team, found.made_from, found.params) == origin
+    assert found.code == code.digests()
+    assert checkpoint.load_model(workspace.checkpoint(2)).dtype == getattr(torch, dtype)
+    assert not workspace.pruned(2).exists()
+
+
+def test_a_pruned_checkpoint_has_its_manifest_and_says_how_to_make_it_again(folder: Path, workspace: Workspace) -> None:
+    expected = checkpoint.manifest(workspace, 1)
+    workspace.pruned(1).parent.mkdir(parents=True)
+    (folder / "manifest.json").rename(workspace.pruned(1))
+    shutil.rmtree(folder)
+    assert checkpoint.manifest(workspace, 1) == expected
+    with pytest.raises(TpawError, match=rf"{folder}: was pruned; make it again with `dvc repro train@1`"):
+        checkpoint.verify(workspace, 1)
+
+
+def test_a_manifest_from_before_code_was_recorded_is_accepted_and_reports_nothing(
+    folder: Path, workspace: Workspace
+) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(without("code")(json.loads(path.read_text()))))
+    found = checkpoint.verify(workspace, 1)
+    assert found.code == {}
+    assert code.changed(found.code) == []
+
+
+def test_a_base_model_is_known_by_its_weights_or_its_manifest(
+    model: Any, save_checkpoint: Callable[..., Any], tmp_path: Path
+) -> None:
+    sealed = save_checkpoint(model, tmp_path / "sealed")
+    assert checkpoint.identity(model, tmp_path / "sealed") == sealed.digest
+    model.save_pretrained(tmp_path / "plain")
+    weights = {"model.safetensors": files.sha256(tmp_path / "plain" / "model.safetensors")}
+    assert checkpoint.identity(model, tmp_path / "plain") == files.digest(weights)
+
+
+def test_generation_settings_that_came_with_a_model_are_not_loaded(folder: Path) -> None:
+    path = folder / "generation_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "repetition_penalty": 5.0, "do_sample": True, "top_k": 3}))
+    loaded = checkpoint.load_model(folder)
+    assert loaded.generation_config.repetition_penalty in (None, 1.0)
+    assert loaded.generation_config.top_k in (None, 50)
+    assert loaded.generation_config.eos_token_id == loaded.config.eos_token_id

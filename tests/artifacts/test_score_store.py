@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import subprocess
 import sys
 import time
@@ -133,7 +134,7 @@ def test_scores_come_back_exactly_as_they_were_computed(tmp_path: Path) -> None:
 
 
 def test_a_file_with_any_byte_cut_or_changed_is_named_and_computed_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pairs: list[Pair] = [([1], [2]), ([3], [4])]
     scores(tmp_path, pairs, Scorer())
@@ -145,7 +146,10 @@ def test_a_file_with_any_byte_cut_or_changed_is_named_and_computed_again(
         with pytest.raises(TpawError, match=f"{file}: is damaged .*scored again"):
             score_store.read(file)
         assert scores(tmp_path, pairs, Scorer()) == ([-1.2, -3.4], 2)
-        assert f"warning: {file}: is damaged" in capsys.readouterr().out
+        (record,) = caplog.records
+        assert record.levelno == logging.WARNING
+        assert record.getMessage().startswith(f"{file}: is damaged")
+        caplog.clear()
         assert file.read_bytes() == whole
 
 
@@ -155,11 +159,11 @@ def test_a_file_of_something_else_that_is_named_for_its_bytes_is_refused(tmp_pat
     np.save(content, np.zeros(3, dtype))
     file = tmp_path / f"{score_store.name(content.getvalue())}.npy"
     file.write_bytes(content.getvalue())
-    with pytest.raises(TpawError, match="it holds something else than scores"):
+    with pytest.raises(TpawError, match="it does not hold scores"):
         score_store.read(file)
 
 
-def test_a_file_taken_away_costs_its_own_rows_and_no_others(tmp_path: Path) -> None:
+def test_a_missing_file_costs_its_own_rows_and_no_others(tmp_path: Path) -> None:
     requests: list[list[Pair]] = [[([n], [1])] for n in range(3)]
 
     def ask() -> list[int]:
@@ -173,7 +177,7 @@ def test_a_file_taken_away_costs_its_own_rows_and_no_others(tmp_path: Path) -> N
 
 
 def test_a_scorer_that_fails_keeps_the_files_that_were_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(score_store, "ENTRIES_A_FILE", 4)
+    monkeypatch.setattr(score_store, "ENTRIES_PER_FILE", 4)
     pairs: list[Pair] = [([n], [1]) for n in range(12)]
     with pytest.raises(RuntimeError):
         scores(tmp_path, pairs, Scorer(at_most=10))
@@ -183,9 +187,9 @@ def test_a_scorer_that_fails_keeps_the_files_that_were_full(tmp_path: Path, monk
 
 
 def test_a_writer_killed_anywhere_leaves_whole_files_only(tmp_path: Path) -> None:
-    """A process adds files of four scores until it is killed; the next one goes on."""
+    """A process adds files of four scores until it is killed; the next one continues."""
     code = (
-        "import sys, pathlib; from tpaw_core import score_store; score_store.ENTRIES_A_FILE = 4\n"
+        "import sys, pathlib; from tpaw_core.artifacts import score_store; score_store.ENTRIES_PER_FILE = 4\n"
         f"store = score_store.ScoreStore(pathlib.Path(sys.argv[1]), {DIGEST!r}, 'float32')\n"
         "store.scores([([n], [1]) for n in range(20000)], lambda p: (([n], [-float(n)]) for n in range(len(p))))"
     )
@@ -203,7 +207,7 @@ def test_a_writer_killed_anywhere_leaves_whole_files_only(tmp_path: Path) -> Non
 
 def test_two_writers_at_once_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second begins and ends while the first one is at work on the same request."""
-    monkeypatch.setattr(score_store, "ENTRIES_A_FILE", 2)
+    monkeypatch.setattr(score_store, "ENTRIES_PER_FILE", 2)
     pairs: list[Pair] = [([n], [1]) for n in range(6)]
 
     def interrupted(asked: list[Pair]) -> Batches:

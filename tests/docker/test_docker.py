@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-DOCKER = Path(__file__).parents[1] / "docker"
+DOCKER = Path(__file__).parents[2] / "docker"
 COMPOSE = sorted(DOCKER.glob("compose*.yaml"))
 SERVICES = {
     f"{path.name}:{name}": service
@@ -26,7 +26,7 @@ def environment(service: dict[str, Any]) -> dict[str, str | None]:
     return service.get("environment") or {}
 
 
-def test_the_stand_is_complete() -> None:
+def test_the_stack_is_complete() -> None:
     assert {name.partition(":")[2] for name in FULL} == {"postgres", "minio", "bucket", "prefect", "mlflow", "worker"}
 
 
@@ -46,7 +46,7 @@ def test_secrets_come_from_the_environment(service: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("service", FULL.values(), ids=FULL)
-def test_images_have_versions_and_services_come_back(service: dict[str, Any]) -> None:
+def test_images_have_versions_and_services_restart(service: dict[str, Any]) -> None:
     assert PINNED.fullmatch(service["image"])
     assert service["restart"] in {"unless-stopped", "on-failure"}
     assert "healthcheck" in service or service["restart"] == "on-failure"
@@ -71,5 +71,5 @@ def test_optional_settings_are_named_in_the_example() -> None:
     assert {name for path in COMPOSE for name in re.findall(r"\$\{(\w+):-", path.read_text())} <= named
 
 
-def test_mlflow_is_no_package() -> None:
+def test_the_folder_mlflow_is_not_a_package() -> None:
     assert not (DOCKER.parent / "mlflow" / "__init__.py").exists(), "it would shadow the installed mlflow"

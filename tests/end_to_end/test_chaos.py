@@ -1,4 +1,7 @@
-"""A short campaign: a fault of each sort, on a workspace of its own; `make chaos` tries more."""
+"""A short campaign: a fault of each sort, on a workspace of its own; `make chaos` tries more.
+
+Each fault begins with setting the pipeline back, and ends with the outputs of an undisturbed run.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,27 @@ from collections.abc import Iterator
 import pytest
 
 from chaos.campaign import Campaign
-from chaos.workspace import Workspace
+from tests.support.workspace import Project
+from tpaw_core.processes import fork_server
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def campaign(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
-    made = Workspace.make(tmp_path_factory.mktemp("chaos") / "workspace", "sft.num_train_epochs=2")
-    made.preload()
-    made.run("dvc", "repro")
-    yield Campaign(made, seed=1)
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """Has the preloaded process from which every test's commands are forked."""
+    made = Project.bare(tmp_path_factory.mktemp("host") / "project")
+    yield made
     made.close()
+
+
+@pytest.fixture
+def campaign(project: Project, host: Project) -> Iterator[Campaign]:
+    host.preload()  # a test may have killed it
+    project.server, project.environment[fork_server.ADDRESS] = host.server, host.environment[fork_server.ADDRESS]
+    yield Campaign(project, seed=1)
+    if project.server is host.server:
+        project.server = None
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,16 @@
-"""A study through the command line: real models, tiny; one that the tests share."""
+"""A study through the command line: real models, tiny. Tests share one that is finished, or have a copy of it."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,56 +18,34 @@ import pandas as pd
 import psutil
 import pytest
 
-from mlflow import MlflowClient
+from tests.support.workspace import TINY, Project
+from tpaw_core.processes import fork_server
+from tpaw_core.study import plan, run
 
-TINY = [
-    "model.scratch.hidden_size=32",
-    "model.scratch.num_hidden_layers=1",
-    "model.scratch.num_attention_heads=2",
-    "model.scratch.intermediate_size=64",
+SETTINGS = [
+    *TINY,
     "data.max_train_rows=32",
     "data.max_heldout_rows=24",
     "sft.num_train_epochs=4",
     "training.per_device_train_batch_size=4",
-    "training.logging_steps=2",
-    "training.save_steps=2",
 ]
-OPTIONS = [
-    "--seeds",
-    "1-2",
-    "--rates",
-    "1e-3,1e-2",
-    "--iterations",
-    "2",
-    "--validation-rows",
-    "8",
-    "--tuning-seeds",
-    "1",
-]
+OPTIONS = ["--seeds", "1-2", "--rates", "1e-3,1e-2"]
+OPTIONS += ["--iterations", "2", "--validation-rows", "8", "--tuning-seeds", "1"]
 METHODS = ["--method", "tpaw", "--method", "spin", "--method", "sft"]
 COLUMNS = ["task", "method", "seed", "iteration", "accuracy", "stderr", "target_reward", "seconds"]
 
 
-class Project:
-    """A folder with the pipeline in it."""
+pytestmark = pytest.mark.slow
 
-    def __init__(self, folder: Path, root: Path) -> None:
-        self.folder = folder
-        shutil.copy(root / "dvc.yaml", folder / "dvc.yaml")
-        shutil.copytree(root / "recipes", folder / "recipes")
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_TRACKING", "TPAW_"))}
-        self.environment = {**kept, "OMP_NUM_THREADS": "1"}
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tpaw_core", "compare", *arguments]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=pipe, stderr=pipe, text=True)
+class Study(Project):
+    """A project in which studies run."""
+
+    def start_study(self, *arguments: str) -> subprocess.Popen[str]:
+        return self.start(sys.executable, "-m", "tpaw_core", "compare", *arguments)
 
     def compare(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        process = self.start(*arguments)
-        out, err = process.communicate()
-        assert not check or process.returncode == 0, f"{out}\n{err}"
-        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+        return self.run(sys.executable, "-m", "tpaw_core", "compare", *arguments, check=check)
 
     def study(self, name: str = "demo") -> Path:
         return self.folder / "studies" / name
@@ -78,19 +57,41 @@ class Project:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Project:
-    """After a study of three methods, two seeds and two iterations, that chooses the rate on the first seed."""
-    made = Project(tmp_path_factory.mktemp("study"), root)
-    made.compare("demo", *METHODS, *OPTIONS, *TINY)
-    return made
+def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
+    """After a study of three methods, two seeds and two iterations, that chooses the rate on the first seed.
+
+    Tests that change something take a copy.
+    """
+    made = Study.bare(tmp_path_factory.mktemp("study") / "project")
+    made.preload()
+    made.compare("demo", *METHODS, *OPTIONS, *SETTINGS)
+    yield made
+    made.close()
 
 
-def results(project: Project, name: str = "demo") -> pd.DataFrame:
+@pytest.fixture
+def project(done: Study, tmp_path: Path) -> Study:
+    """A copy of the finished study."""
+    return _preloaded(Study(done.copy(tmp_path / "project").folder), done)
+
+
+@pytest.fixture
+def empty(done: Study, tmp_path: Path) -> Study:
+    """A project without a study."""
+    return _preloaded(Study.bare(tmp_path / "empty"), done)
+
+
+def _preloaded(study: Study, by: Study) -> Study:
+    study.environment[fork_server.ADDRESS] = by.environment[fork_server.ADDRESS]
+    return study
+
+
+def results(project: Study, name: str = "demo") -> pd.DataFrame:
     return pd.read_csv(project.study(name) / "results.csv")
 
 
-def test_every_method_and_seed_has_a_row_an_iteration(project: Project) -> None:
-    found = results(project)
+def test_every_method_and_seed_has_one_row_per_iteration(done: Study) -> None:
+    found = results(done)
     assert set(COLUMNS) <= set(found.columns)
     counts = found.groupby(["method", "seed"])["iteration"].apply(list)
     assert all(iterations == [0, 1, 2] for iterations in counts)
@@ -103,8 +104,8 @@ def test_every_method_and_seed_has_a_row_an_iteration(project: Project) -> None:
     assert learnt[["target_reward", "equal"]].notna().all(axis=None)
 
 
-def test_the_rate_is_the_best_on_validation_rows_and_only_the_tuning_seed_runs_at_all(project: Project) -> None:
-    grid = pd.read_csv(project.study() / "grid.csv")
+def test_the_rate_is_the_best_on_validation_rows_and_only_the_tuning_seed_runs_at_all(done: Study) -> None:
+    grid = pd.read_csv(done.study() / "grid.csv")
     last = grid[grid["iteration"] == 2]
     assert sorted(last[last["seed"] == 1].groupby("method").size()) == [2, 2, 2]
     assert sorted(last[last["seed"] == 2].groupby("method").size()) == [1, 1, 1]
@@ -114,23 +115,23 @@ def test_the_rate_is_the_best_on_validation_rows_and_only_the_tuning_seed_runs_a
     assert last[last["seed"] == 2]["chosen"].all()
 
 
-def test_methods_of_one_seed_share_the_sft_model_and_its_answers(project: Project) -> None:
-    cells = [path for path in (project.study() / "cells").glob("*/*/1-*") if path.parts[-3] != "sft"]
+def test_methods_of_one_seed_share_the_sft_model_and_its_answers(done: Study) -> None:
+    cells = [path for path in (done.study() / "cells").glob("*/*/1-*") if path.parts[-3] != "sft"]
     assert len(cells) == 4
     for name in ("checkpoints/0/model.safetensors", "synthetic/1.parquet"):
         assert len({(cell / name).stat().st_ino for cell in cells}) == 1
-    found = results(project)
+    found = results(done)
     first = found[found["iteration"] == 0].groupby("seed")["accuracy"]
     assert (first.nunique() == 1).all()
 
 
-def test_seeds_differ(project: Project) -> None:
-    rows = [next(project.study().glob(f"cells/tpaw/*/{seed}-*/data/heldout.jsonl")).read_text() for seed in "12"]
+def test_seeds_differ(done: Study) -> None:
+    rows = [next(done.study().glob(f"cells/tpaw/*/{seed}-*/data/heldout.jsonl")).read_text() for seed in "12"]
     assert rows[0] != rows[1]
 
 
-def test_validation_rows_are_neither_trained_on_nor_reported(project: Project) -> None:
-    (data,) = {cell / "data" for cell in list((project.study() / "cells").glob("tpaw/*/1-*"))[:1]}
+def test_validation_rows_are_neither_trained_on_nor_reported(done: Study) -> None:
+    (data,) = {cell / "data" for cell in list((done.study() / "cells").glob("tpaw/*/1-*"))[:1]}
     rows = {
         name: {json.loads(line)["prompt_id"] for line in (data / f"{name}.jsonl").read_text().splitlines()}
         for name in ("train", "validation", "heldout")
@@ -139,50 +140,49 @@ def test_validation_rows_are_neither_trained_on_nor_reported(project: Project) -
     assert not rows["train"] & rows["validation"] | rows["validation"] & rows["heldout"]
 
 
-def test_again_nothing_is_made_and_the_report_has_the_same_bytes(project: Project) -> None:
+def test_again_nothing_is_made_and_the_report_has_the_same_bytes(project: Study) -> None:
     before, study = project.made(), project.study()
     files = {name: (study / name).read_bytes() for name in ("results.csv", "report.md", "report.html")}
-    out = project.compare("demo", *METHODS, *OPTIONS, *TINY).stdout
+    out = project.compare("demo", *METHODS, *OPTIONS, *SETTINGS).stdout
     assert project.made() == before
     assert {name: (study / name).read_bytes() for name in files} == files
     assert "| tpaw |" in out.replace("  ", "")
 
 
-def test_the_csv_files_alone_are_enough_to_go_on(project: Project, tmp_path: Path, root: Path) -> None:
+def test_the_csv_files_alone_are_enough_to_continue(done: Study, empty: Study) -> None:
     """On another machine: no cell is run again, and the report is the same."""
-    other, study = Project(tmp_path, root), project.study()
-    other.study().mkdir(parents=True)
+    study = done.study()
+    empty.study().mkdir(parents=True)
     for name in ("plan.json", "grid.csv", "steps.csv"):
-        shutil.copy(study / name, other.study() / name)
-    other.compare("--folder", "studies/demo")
-    assert not (other.study() / "made").exists()
+        shutil.copy(study / name, empty.study() / name)
+    empty.compare("--folder", "studies/demo")
+    assert not (empty.study() / "made").exists()
     for name in ("results.csv", "grid.csv", "steps.csv", "report.md", "report.html"):
-        assert (other.study() / name).read_bytes() == (study / name).read_bytes(), name
+        assert (empty.study() / name).read_bytes() == (study / name).read_bytes(), name
 
 
-def rows_of(project: Project, name: str) -> set[tuple[object, ...]]:
+def rows_of(project: Study, name: str) -> set[tuple[object, ...]]:
     """The rows that a study's file names, by cell and iteration."""
     table = pd.read_csv(project.study() / name)
     return set(table[["method", "learning_rate", "seed", "params", "iteration"]].itertuples(index=False, name=None))
 
 
-def test_rows_made_under_other_parameters_do_not_count(project: Project, tmp_path: Path, root: Path) -> None:
-    other = Project(tmp_path, root)
-    other.study().mkdir(parents=True)
+def test_rows_made_under_other_parameters_do_not_count(done: Study, empty: Study) -> None:
+    empty.study().mkdir(parents=True)
     for name in ("grid.csv", "steps.csv"):
-        shutil.copy(project.study() / name, other.study() / name)
-    before = rows_of(other, "grid.csv")
-    one = ("--method", "sft", "--seeds", "1", "--rates", "1e-3", *OPTIONS[4:], *TINY)
-    other.compare("demo", *one)
-    assert not (other.study() / "made").exists()
-    assert rows_of(other, "grid.csv") == before, "cells that a smaller plan does not name stay"
-    other.compare("demo", *one, "training.weight_decay=0.5")
-    assert (other.study() / "made").exists()
-    assert rows_of(other, "grid.csv") > before
-    assert list(pd.read_csv(other.study() / "results.csv")["seed"].unique()) == [1]
+        shutil.copy(done.study() / name, empty.study() / name)
+    before = rows_of(empty, "grid.csv")
+    one = ("--method", "sft", "--seeds", "1", "--rates", "1e-3", *OPTIONS[4:], *SETTINGS)
+    empty.compare("demo", *one)
+    assert not (empty.study() / "made").exists()
+    assert rows_of(empty, "grid.csv") == before, "cells that a smaller plan does not name stay"
+    empty.compare("demo", *one, "training.weight_decay=0.5")
+    assert (empty.study() / "made").exists()
+    assert rows_of(empty, "grid.csv") > before
+    assert list(pd.read_csv(empty.study() / "results.csv")["seed"].unique()) == [1]
 
 
-def test_another_seed_is_one_more_option(project: Project) -> None:
+def test_another_seed_is_one_more_option(project: Study) -> None:
     before = project.made()
     project.compare("--folder", "studies/demo", "--seeds", "1-3")
     found = results(project)
@@ -193,13 +193,11 @@ def test_another_seed_is_one_more_option(project: Project) -> None:
     assert sorted(results(project)["seed"].unique()) == [1, 2]
 
 
-def test_a_killed_study_repeats_no_finished_stage_and_ends_with_the_same_bytes(
-    project: Project, tmp_path: Path, root: Path
-) -> None:
-    other = Project(tmp_path, root)
-    arguments = ("demo", "--method", "tpaw", *OPTIONS[:2], "--rates", "1e-3", *OPTIONS[4:], *TINY)
-    process = other.start(*arguments)
-    made = other.study() / "made"
+def test_a_killed_study_repeats_no_finished_stage_and_ends_with_the_same_bytes(done: Study, empty: Study) -> None:
+    address = empty.environment.pop(fork_server.ADDRESS)  # its processes are to be its children
+    arguments = ("demo", "--method", "tpaw", *OPTIONS[:2], "--rates", "1e-3", *OPTIONS[4:], *SETTINGS)
+    process = empty.start_study(*arguments)
+    made = empty.study() / "made"
     while len(list(made.glob("*/seconds"))) < 5:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -208,10 +206,11 @@ def test_a_killed_study_repeats_no_finished_stage_and_ends_with_the_same_bytes(
     process.communicate()
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
-    before = other.made()
+    empty.environment[fork_server.ADDRESS] = address
+    before = empty.made()
     assert len(before) >= 5
-    other.compare(*arguments)
-    after = other.made()
+    empty.compare(*arguments)
+    after = empty.made()
     assert before.items() <= after.items()
     assert len(after) > len(before)
     model = "*/checkpoints/2/model.safetensors"  # of the same cells, run without a break in another folder
@@ -221,30 +220,30 @@ def test_a_killed_study_repeats_no_finished_stage_and_ends_with_the_same_bytes(
                 hashlib.sha256(path.read_bytes()).hexdigest()
                 for path in p.study().glob(f"cells/tpaw/0.001/{seed}-{model}")
             }
-            for p in (other, project)
+            for p in (empty, done)
         )
         assert len(ours) == 1
         assert theirs <= ours
 
 
-def test_a_method_that_breaks_is_told_and_the_others_go_on(project: Project) -> None:
-    out = project.compare(
+def test_a_method_that_breaks_is_reported_and_the_others_continue(empty: Study) -> None:
+    out = empty.compare(
         "demo", "--method", "tpaw", "--method", "broken:training.max_grad_norm=0,training.optim=sgd",
         "--seeds", "1", "--rates", "1e-3,1e30", "--iterations", "1", "--validation-rows", "8",
-        "--folder", "studies/broken", *TINY,
+        "--folder", "studies/broken", *SETTINGS,
     ).stdout  # fmt: skip
     assert "stopped: broken, learning rate 1e+30, seed 1: train@1: training:" in out
-    assert "not finite by step" in out
-    found = results(project, "broken")
+    assert "not finite (seen at step" in out
+    found = results(empty, "broken")
     assert sorted(found[found["iteration"] == 1]["method"]) == ["broken", "tpaw"]
-    assert "Runs that stopped" in (project.study("broken") / "report.html").read_text()
+    assert "Runs that stopped" in (empty.study("broken") / "report.html").read_text()
 
 
-def test_a_study_that_a_stage_refuses_says_which_cell_and_why(project: Project) -> None:
-    arguments = ("--method", "tpaw", "--seeds", "1", "--rates", "1e-3", "--folder", "studies/nothing", *TINY)
-    done = project.compare("demo", *arguments, check=False)
-    assert done.returncode == 1
-    assert "error: tpaw, learning rate 0.001, seed 1: data.validation_rows: 500 leaves none" in done.stderr
+def test_a_study_that_a_stage_refuses_says_which_cell_and_why(empty: Study) -> None:
+    arguments = ("--method", "tpaw", "--seeds", "1", "--rates", "1e-3", "--folder", "studies/nothing", *SETTINGS)
+    found = empty.compare("demo", *arguments, check=False)
+    assert found.returncode == 1
+    assert "error: tpaw, learning rate 0.001, seed 1: data.validation_rows: 500 leaves none" in found.stderr
 
 
 class Page(HTMLParser):
@@ -270,28 +269,28 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_has_everything_in_it(project: Project) -> None:
-    page = Page((project.study() / "report.html").read_text())
+def test_the_page_has_everything_in_it(done: Study) -> None:
+    page = Page((done.study() / "report.html").read_text())
     assert page.open == []
     assert page.counts["svg"] == 10
     assert page.counts["h3"] == 6  # claims
     assert not [link for link in page.links if link.startswith(("http", "//"))]
 
 
-def test_the_markdown_shows_the_same_table_and_its_plots_exist(project: Project) -> None:
-    text = (project.study() / "report.md").read_text()
+def test_the_markdown_shows_the_same_table_and_its_plots_exist(done: Study) -> None:
+    text = (done.study() / "report.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| tpaw |"))
     assert row.count("|") == 8
-    final = results(project)
+    final = results(done)
     final = final[(final["method"] == "tpaw") & (final["iteration"] == 2)]["accuracy"].mean()
     assert f"{100 * final:.1f} [" in row
     for line in text.splitlines():
         if line.startswith("!["):
-            assert (project.study() / line.split("(")[1].rstrip(")")).exists()
+            assert (done.study() / line.split("(")[1].rstrip(")")).exists()
 
 
-def test_mlflow_has_a_run_a_cell_under_the_studys(project: Project) -> None:
-    client = MlflowClient(f"sqlite:///{project.folder / '.tpaw' / 'mlflow' / 'mlflow.db'}")
+def test_mlflow_has_one_run_per_cell_under_the_studys(done: Study) -> None:
+    client = done.client()
     experiment = client.get_experiment_by_name("tpaw-compare").experiment_id
     runs = client.search_runs([experiment], "tags.`mlflow.runName` = 'demo'")
     assert len(runs) == 1
@@ -315,10 +314,41 @@ def test_mlflow_has_a_run_a_cell_under_the_studys(project: Project) -> None:
         (["demo", "objective.etaa=3"], "did you mean 'eta'?"),
     ],
 )
-def test_what_cannot_be_run_is_refused_before_anything_is_made(
-    arguments: list[str], said: str, project: Project
+def test_what_cannot_be_run_is_refused_before_anything_is_made(arguments: list[str], said: str, empty: Study) -> None:
+    found = empty.compare(*arguments, "--folder", "studies/none", check=False)
+    assert found.returncode == 1
+    assert said in found.stderr
+    assert not empty.study("none").exists()
+
+
+def test_a_study_leaves_the_current_folder_as_it_is(
+    empty: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = project.compare(*arguments, "--folder", "studies/none", check=False)
-    assert done.returncode == 1
-    assert said in done.stderr
-    assert not project.study("none").exists()
+    """It runs in the process that asks for it, from whatever folder, and all is written in the study's."""
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(elsewhere)
+    options = {"methods": ["sft"], "seeds": "1", "learning_rates": "1e-3", "iterations": 1, "validation_rows": 8}
+    folder, made = plan.make(empty.workspace, "demo", SETTINGS, folder=None, tuning_seeds=1, **options)
+    found = run.run(empty.workspace, made, folder)
+    assert Path.cwd() == elsewhere
+    assert list(elsewhere.iterdir()) == []
+    assert folder == empty.study()
+    assert list(found.grid["iteration"]) == [0, 1]
+    assert (folder / "results.csv").exists()
+
+
+def test_the_diagnosis_of_a_study_measures_every_methods_last_checkpoint(
+    project: Study, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(root / "docs" / "study"))
+    monkeypatch.chdir(project.folder)
+    diagnose = importlib.import_module("diagnose")
+    monkeypatch.setattr(diagnose, "ROWS", 6)
+    monkeypatch.setattr("sys.argv", ["diagnose.py", "studies/demo", "--seeds", "1"])
+    diagnose.main()
+    found = pd.read_csv(project.study() / "diagnosis.csv")
+    assert found["method"].tolist() == ["SFT, the start", "tpaw", "spin", "sft"]
+    assert found["iteration"].tolist() == [0, 2, 2, 2]
+    assert found[["greedy", "sampled", "calibration", "wider", "phrased", "habit", "cut"]].stack().between(0, 1).all()
+    assert (found["heldout_logp"] < 0).all()
+    assert (found["entropy"] > 0).all()

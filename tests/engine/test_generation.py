@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +9,10 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from tpaw_core.config.params import Generation
-from tpaw_core.data.endings import Response
-from tpaw_core.engine.generation import in_process, vllm
+from tpaw_core.data.endings import Ending, Response
+from tpaw_core.engine.generation import choice, in_process, way
 from tpaw_core.errors import TpawError
 
-ROOT = Path(__file__).parents[1]
-VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 Generate = Callable[..., list[Response]]
 
 
@@ -30,7 +27,7 @@ def prompts(encoded: list[Any]) -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def ending(make_model: Callable[[int], Any], prompts: list[list[int]], tokenizer: Any) -> Any:
+def stopping(make_model: Callable[[int], Any], prompts: list[list[int]], tokenizer: Any) -> Any:
     """A model that ends some answers itself: EOS's row of its output is raised towards the states it passes through."""
     model = make_model(4)
     with torch.inference_mode():
@@ -40,16 +37,14 @@ def ending(make_model: Callable[[int], Any], prompts: list[list[int]], tokenizer
 
 
 @pytest.fixture
-def generate(ending: Any, prompts: list[list[int]], tokenizer: Any) -> Generate:
-    def run(
-        max_length: int = 128, seed: int = 1, only: list[list[int]] | None = None, **changes: Any
-    ) -> list[Response]:
+def generate(stopping: Any, prompts: list[list[int]], tokenizer: Any) -> Generate:
+    def run(max_length: int = 128, seed: int = 1, **changes: Any) -> list[Response]:
         return in_process.generate(
-            ending,
-            prompts if only is None else only,
+            stopping,
+            prompts,
             settings(**changes),
             max_length=max_length,
-            eos_id=tokenizer.eos_token_id,
+            ending=Ending.of(tokenizer),
             pad_id=tokenizer.pad_token_id,
             seed=seed,
         )
@@ -57,7 +52,11 @@ def generate(ending: Any, prompts: list[list[int]], tokenizer: Any) -> Generate:
     return run
 
 
-def alone(model: Any, prompt: list[int], eos_id: int, pad_id: int) -> list[int]:
+def of_family(model: Any, prompts: list[list[int]], **changes: Any) -> list[Response]:
+    return in_process.generate(model, prompts, settings(**changes), max_length=64, ending=Ending(2), pad_id=0, seed=1)
+
+
+def alone(model: Any, prompt: list[int], eos_id: int = 2, pad_id: int = 0) -> list[int]:
     """The greedy answer of transformers' own loop to one prompt."""
     ids = torch.tensor([prompt])
     mask = torch.ones_like(ids)
@@ -66,18 +65,32 @@ def alone(model: Any, prompt: list[int], eos_id: int, pad_id: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
+@torch.no_grad()
+def plain(model: Any, prompt: list[int]) -> list[int]:
+    """The greedy answer without a cache: one forward pass over the whole text per token."""
+    ids = list(prompt)
+    for _ in range(20):
+        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] == 2:
+            break
+    return ids[len(prompt) :]
+
+
+def use(chosen: way.Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(way, "find", lambda *_: chosen)
+
+
 def test_greedy_answers_are_those_of_one_prompt_at_a_time(
-    generate: Generate, ending: Any, prompts: list[list[int]], tokenizer: Any
+    generate: Generate, stopping: Any, prompts: list[list[int]], tokenizer: Any
 ) -> None:
-    found = generate()
-    for prompt, response in zip(prompts, found, strict=True):
-        assert list(response.ids) == alone(ending, prompt, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    for prompt, response in zip(prompts, generate(), strict=True):
+        assert list(response.ids) == alone(stopping, prompt, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 def test_eos_is_kept_where_it_was_generated_and_added_nowhere(generate: Generate, tokenizer: Any) -> None:
-    found = generate(temperature=1.0)
-    assert {response.finish_reason for response in found} == {"stop", "length"}, "the model must do both"
-    for response in found:
+    responses = generate(temperature=1.0)
+    assert {response.finish_reason for response in responses} == {"stop", "length"}, "the model must do both"
+    for response in responses:
         if response.finish_reason == "stop":
             assert response.ids.index(tokenizer.eos_token_id) == len(response.ids) - 1
         else:
@@ -95,17 +108,30 @@ def test_the_same_seed_gives_the_same_answers_and_another_seed_others(generate: 
 def test_neither_batches_nor_rows_that_left_change_an_answer(
     generate: Generate, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sampled ones too: what a row draws depends on the seed and its place. Some rows must leave before others end."""
+    """Sampled ones too: what a row draws depends on the seed and its index. Some rows must leave before others end."""
+    use(way.FAST, monkeypatch)
     sizes: list[int] = []
-    choose = in_process._choose
-    monkeypatch.setattr(
-        generation, "_choose", lambda logits, *given: (sizes.append(len(logits)), choose(logits, *given))[1]
-    )
+    token = choice.token
+    monkeypatch.setattr(choice, "token", lambda logits, *given: (sizes.append(len(logits)), token(logits, *given))[1])
     whole = generate(temperature=1.0, batch_size=100)
     assert sizes[0] == len(prompts)
     assert len(set(sizes)) > 2, "rows must leave"
     assert generate(temperature=1.0, batch_size=1) == whole
     assert generate(temperature=1.0, batch_size=7) == whole
+
+
+@pytest.mark.parametrize("other", [way.PADDED, way.UNPADDED, way.UNCACHED], ids=lambda other: other.name)
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({"temperature": 1.0}, marks=pytest.mark.slow), {"temperature": 0.7, "top_p": 0.8}],
+    ids=str,
+)
+def test_every_way_gives_the_same_answers(
+    other: way.Way, changes: dict[str, float], generate: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = generate(**changes)
+    use(other, monkeypatch)
+    assert generate(**changes, batch_size=100) == expected
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.5, 0.7), (1.0, 0.05)])
@@ -115,39 +141,116 @@ def test_tokens_are_drawn_with_the_probabilities_that_the_settings_give(temperat
     warpers = [TemperatureLogitsWarper(temperature), *([TopPLogitsWarper(top_p)] if top_p < 1 else [])]
     expected = LogitsProcessorList(warpers)(torch.empty(1, 0), logits[None]).softmax(-1)[0].double()
     draws = torch.rand(20_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    tokens = in_process._choose(logits.expand(len(draws), -1), draws, settings(temperature=temperature, top_p=top_p))
-    found = tokens.bincount(minlength=len(logits)) / len(draws)
-    assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / len(draws)).sqrt()).all()
-    assert not found[expected == 0].any()
+    tokens = choice.token(logits.expand(len(draws), -1), draws, settings(temperature=temperature, top_p=top_p))
+    frequencies = tokens.bincount(minlength=len(logits)) / len(draws)
+    assert ((frequencies - expected).abs() <= 5 * (expected * (1 - expected) / len(draws)).sqrt()).all()
+    assert not frequencies[expected == 0].any()
 
 
 def test_the_ends_of_the_range_of_chances_are_tokens_that_can_be_drawn() -> None:
     logits = torch.tensor([[-float("inf"), 0.0, 0.0, -float("inf")]] * 2)
     chance = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert in_process._choose(logits, chance, settings(temperature=1.0)).tolist() == [1, 2]
+    assert choice.token(logits, chance, settings(temperature=1.0)).tolist() == [1, 2]
+
+
+MAMBA2 = {"n_groups": 1, "num_hidden_layers": 2, "state_size": 8, "num_heads": 8, "head_dim": 8, "chunk_size": 16}
+JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "use_mamba_kernels": False}
+FALCON_H1 = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
+GRIFFIN = {"lru_width": 32, "attention_window_size": 4, "block_types": ["recurrent", "attention"]}
+FAMILIES: list[tuple[str, dict[str, Any], way.Way]] = [
+    ("llama", {}, way.FAST),
+    ("qwen2", {}, way.FAST),
+    ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, way.FAST),
+    ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64}, way.FAST),
+    ("mistral", {"sliding_window": 4}, way.FAST),
+    ("gemma2", {"query_pre_attn_scalar": 8, "sliding_window": 4}, way.FAST),
+    ("gemma3_text", {"query_pre_attn_scalar": 8, "sliding_window": 4}, way.FAST),
+    ("phi", {"num_key_value_heads": 4}, way.FAST),
+    ("bloom", {"n_layer": 2, "n_head": 4}, way.FAST),
+    ("mamba", {"state_size": 4, "intermediate_size": 64}, way.PADDED),
+    ("mamba2", MAMBA2, way.PADDED),
+    ("jamba", {"num_experts": 2, "num_experts_per_tok": 1, **JAMBA}, way.PADDED),
+    ("falcon_h1", {"mamba_n_groups": 1, **FALCON_H1}, way.PADDED),
+    ("recurrent_gemma", GRIFFIN, way.UNPADDED),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "expected"), FAMILIES, ids=[kind for kind, *_ in FAMILIES])
+def test_families_give_the_greedy_answers_of_transformers_own_loop(
+    kind: str,
+    changes: dict[str, Any],
+    expected: way.Way,
+    architecture: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = architecture(kind, **changes)
+    prompts = [[3 + (7 * n + k) % 60 for k in range(2 + n % 9)] for n in range(12)]
+    responses = of_family(model, prompts)
+    for prompt, response in zip(prompts, responses, strict=True):
+        assert list(response.ids) == alone(model, prompt)
+    line = f"{type(model).__name__}: decoded by {expected.name}, as its cache holds recurrent states"
+    assert (line in caplog.text) == (expected is not way.FAST)
+    assert of_family(model, prompts, temperature=1.0) == of_family(model, prompts, temperature=1.0, batch_size=100)
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes"),
+    ("kind", "changes", "line"),
     [
-        ("llama", {}),
-        ("qwen2", {}),
-        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-        ("mistral", {"sliding_window": 4}),
-        ("gemma2", {"query_pre_attn_scalar": 8, "sliding_window": 4}),
-        ("gemma3_text", {"query_pre_attn_scalar": 8, "sliding_window": 4}),
-        ("phi", {"num_key_value_heads": 4}),
-        ("bloom", {"n_layer": 2, "n_head": 4}),
+        ("rwkv", {}, "RwkvForCausalLM: decoded by transformers' generate without a cache, as"),
+        ("recurrent_gemma", GRIFFIN, "RecurrentGemmaForCausalLM: decoded by transformers' generate in batches of"),
+        (
+            "mamba",
+            {"state_size": 4, "intermediate_size": 64},
+            "MambaForCausalLM: decoded by transformers' generate, as",
+        ),
     ],
 )
-def test_families_give_the_greedy_answers_of_their_own_loop(
-    kind: str, changes: dict[str, Any], architecture: Callable[..., Any]
+def test_caches_that_cannot_be_trusted_are_not_used(
+    kind: str,
+    changes: dict[str, Any],
+    line: str,
+    architecture: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """RWKV's states are wrong in batches; RecurrentGemma's outlive `generate` and enter a prompt of one token."""
     model = architecture(kind, **changes)
-    prompts = [[3 + (7 * n + k) % 60 for k in range(1 + n % 9)] for n in range(12)]
-    found = in_process.generate(model, prompts, settings(), max_length=64, eos_id=2, pad_id=0, seed=1)
-    for prompt, response in zip(prompts, found, strict=True):
-        assert list(response.ids) == alone(model, prompt, eos_id=2, pad_id=0)
+    prompts = [[5, 6, 7], [8], [9, 10, 11], [12]]
+    for _ in range(2):
+        responses = of_family(model, prompts, batch_size=1)
+        assert [list(response.ids) for response in responses] == [plain(model, prompt) for prompt in prompts]
+    assert caplog.text.count(line) == 2
+
+
+def test_a_model_whose_logits_depend_on_what_follows_is_refused(architecture: Callable[..., Any]) -> None:
+    """Phi-3 rotates positions in another way where the whole text is longer than its original length, here 4."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    scaling = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 4, **factors}
+    model = architecture(
+        "phi3", max_position_embeddings=64, original_max_position_embeddings=4, rope_parameters=scaling
+    )
+    with pytest.raises(TpawError, match="Phi3ForCausalLM: this model is not supported: decoding token by token"):
+        of_family(model, [[5, 6]])
+
+
+def test_the_probe_leaves_no_trace(stopping: Any) -> None:
+    state, own = torch.get_rng_state(), stopping.generation_config
+    stopping.train()
+    try:
+        assert way.find(stopping, 0) is way.FAST
+        assert stopping.training
+    finally:
+        stopping.eval()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert stopping.generation_config is own
+    assert all(parameter.grad is None for parameter in stopping.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_allows_for_the_precision_of_a_model(dtype: torch.dtype, make_model: Callable[[int], Any]) -> None:
+    model = make_model(1).to(dtype)
+    assert way.find(model, 0) is way.FAST
+    with torch.autocast("cpu", torch.bfloat16):
+        assert way.find(model, 0) is way.FAST
 
 
 def test_a_low_temperature_and_a_low_top_p_come_close_to_greedy(generate: Generate) -> None:
@@ -157,6 +260,7 @@ def test_a_low_temperature_and_a_low_top_p_come_close_to_greedy(generate: Genera
     assert generate(temperature=1.0) != greedy
 
 
+@pytest.mark.parametrize("chosen", [way.FAST, way.PADDED], ids=lambda chosen: chosen.name)
 @pytest.mark.parametrize(
     "own",
     [
@@ -168,79 +272,31 @@ def test_a_low_temperature_and_a_low_top_p_come_close_to_greedy(generate: Genera
     ids=lambda own: next(iter(own)),
 )
 def test_generation_settings_that_came_with_a_model_do_not_bend_its_answers(
-    own: dict[str, Any], generate: Generate, ending: Any, monkeypatch: pytest.MonkeyPatch
+    own: dict[str, Any], chosen: way.Way, generate: Generate, stopping: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """pi_{t-1} itself is sampled: a released model's generation_config.json is for chatting with it."""
     expected = generate()
-    monkeypatch.setattr(ending, "generation_config", copy.deepcopy(ending.generation_config))
-    ending.generation_config.update(**own, do_sample=True, temperature=0.7, top_k=20)
+    use(chosen, monkeypatch)
+    monkeypatch.setattr(stopping, "generation_config", copy.deepcopy(stopping.generation_config))
+    stopping.generation_config.update(**own, do_sample=True, temperature=0.7, top_k=20)
     assert generate() == expected
+    assert stopping.generation_config.top_k == 20, "they are still the model's"
 
 
+@pytest.mark.parametrize("chosen", [way.FAST, way.PADDED], ids=lambda chosen: chosen.name)
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
 def test_no_answer_exceeds_what_its_own_prompt_leaves_of_max_length(
-    batch_size: int, generate: Generate, prompts: list[list[int]]
+    batch_size: int,
+    chosen: way.Way,
+    generate: Generate,
+    prompts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     unlimited = generate(batch_size=1)
+    use(chosen, monkeypatch)
     max_length = max(map(len, prompts)) + 2
-    found = generate(max_length=max_length, batch_size=batch_size)
-    for prompt, response, whole in zip(prompts, found, unlimited, strict=True):
+    responses = generate(max_length=max_length, batch_size=batch_size)
+    for prompt, response, whole in zip(prompts, responses, unlimited, strict=True):
         room = min(20, max_length - len(prompt))
         assert response.ids == whole.ids[:room]
         assert response.finish_reason == (whole.finish_reason if len(whole.ids) <= room else "length")
-
-
-@pytest.mark.parametrize(
-    ("ids", "room", "expected"),
-    [
-        ([5, 1, 0, 0], 9, ([5, 1], "stop")),
-        ([5, 6], 2, ([5, 6], "length")),
-        ([5, 6, 1], 2, ([5, 6], "length")),
-        ([5, 1], 2, ([5, 1], "stop")),
-        ([1], 1, ([1], "stop")),
-    ],
-)
-def test_what_follows_eos_is_padding_and_what_exceeds_the_room_was_never_allowed(
-    ids: list[int], room: int, expected: tuple[list[int], str]
-) -> None:
-    found = in_process._cut(ids, eos_id=1, room=room)
-    assert (list(found.ids), found.finish_reason) == expected
-
-
-def vllm(model: Path, prompts: list[list[int]], eos_id: int, python: str | None) -> list[Response]:
-    return vllm.generate_vllm(
-        model, prompts, settings(python=python), max_length=128, eos_id=eos_id, seed=1, dtype="float32"
-    )
-
-
-def test_an_interpreter_that_does_not_exist_is_named(workspace_folder: Path) -> None:
-    for python, name in ((None, ".venv-vllm/bin/python"), ("/nowhere/python", "/nowhere/python")):
-        with pytest.raises(TpawError, match=rf"generation\.python '{name}': no such interpreter; `make vllm`"):
-            vllm(workspace_folder, [[1]], 1, python)
-
-
-@pytest.mark.parametrize("python", ["/bin/false", "/bin/true"])
-def test_an_interpreter_that_fails_or_answers_nothing_is_an_error(python: str, tmp_path: Path) -> None:
-    with pytest.raises(TpawError, match=rf"vllm \({python}\) ended with status [01]; its own message is above"):
-        vllm(tmp_path, [[1]], 1, python)
-
-
-@pytest.mark.vllm
-def test_vllm_generates_what_transformers_generates(
-    ending: Any, encoded: list[Any], tokenizer: Any, save_checkpoint: Callable[..., Any], tmp_path: Path
-) -> None:
-    assert VLLM_PYTHON.exists(), "`make vllm` makes the interpreter that this test needs"
-    save_checkpoint(ending, tmp_path / "0")
-    prompts = [e.prompt_ids[: 3 + 7 * number % 40] for number, e in enumerate(encoded * 3)]
-    assert len(prompts) >= 64
-    expected = in_process.generate(
-        ending,
-        prompts,
-        settings(batch_size=1),
-        max_length=128,
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-        seed=1,
-    )
-    assert {response.finish_reason for response in expected} == {"stop", "length"}, "the model must do both"
-    assert vllm(tmp_path / "0", prompts, tokenizer.eos_token_id, str(VLLM_PYTHON)) == expected

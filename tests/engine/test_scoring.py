@@ -4,21 +4,10 @@ import random
 from typing import Any
 
 import pytest
-import torch
 
+from tests.support.reference import pair_logp
 from tpaw_core.data.tokens import Pair
 from tpaw_core.engine import scoring
-
-
-@torch.inference_mode()
-def token_by_token(model: Any, pair: Pair) -> float:
-    """log pi(response | prompt) as the definition says it: one forward pass a token, nothing batched or padded."""
-    prompt, response = (list(ids) for ids in pair)
-    total = 0.0
-    for number, token in enumerate(response):
-        logits = model(torch.tensor([prompt + response[:number]])).logits[0, -1]
-        total += torch.log_softmax(logits.double(), -1)[token].item()
-    return total
 
 
 @pytest.fixture
@@ -29,7 +18,7 @@ def pairs(encoded: list[Any]) -> list[Pair]:
 
 
 def test_scores_equal_a_plain_loop_over_tokens(model: Any, tokenizer: Any, pairs: list[Pair]) -> None:
-    expected = [token_by_token(model, pair) for pair in pairs]
+    expected = [pair_logp(model, pair) for pair in pairs]
     assert scoring.score(model, pairs, pad_id=tokenizer.pad_token_id) == pytest.approx(expected, abs=1e-4, rel=0)
 
 
@@ -57,7 +46,7 @@ def test_where_the_prompt_ends_decides_what_is_scored(model: Any, tokenizer: Any
 def test_a_response_that_holds_the_pad_token_is_scored_in_full(model: Any, tokenizer: Any, pairs: list[Pair]) -> None:
     prompt, response = pairs[1][0], [*pairs[1][1], tokenizer.pad_token_id]
     found = scoring.score(model, [(prompt, response), pairs[3]], pad_id=tokenizer.pad_token_id)
-    assert found[0] == pytest.approx(token_by_token(model, (prompt, response)), abs=1e-4)
+    assert found[0] == pytest.approx(pair_logp(model, (prompt, response)), abs=1e-4)
 
 
 def test_bfloat16_scores_are_close_and_come_back_in_the_order_given(

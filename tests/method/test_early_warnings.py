@@ -17,7 +17,7 @@ def log(*rewards: float) -> list[dict[str, float]]:
         log(-0.3, -0.31),
     ],
 )
-def test_a_falling_target_reward_is_told_with_a_remedy(entries: list[dict[str, float]]) -> None:
+def test_a_falling_target_reward_is_reported_with_a_remedy(entries: list[dict[str, float]]) -> None:
     said = early_warnings.of_training(entries)
     assert said is not None
     assert "target reward has fallen" in said
@@ -39,9 +39,9 @@ def test_a_target_reward_that_holds_is_silent(entries: list[dict[str, float]]) -
     assert early_warnings.of_training(entries) is None
 
 
-@pytest.mark.parametrize(("equal", "told"), [(0.0, False), (0.9, False), (0.91, True), (1.0, True)])
-def test_answers_that_nearly_all_equal_their_targets_are_told(equal: float, told: bool) -> None:
+@pytest.mark.parametrize(("equal", "reported"), [(0.0, False), (0.9, False), (0.91, True), (1.0, True)])
+def test_answers_that_nearly_all_equal_their_targets_are_reported(equal: float, reported: bool) -> None:
     said = early_warnings.of_answers(equal)
-    assert (said is not None) == told
+    assert (said is not None) == reported
     if said:
         assert "sft.num_train_epochs" in said

@@ -1,7 +1,8 @@
-"""A command that is forked from the preloaded process does what it does by itself, and never outlives who asked."""
+"""A command that is forked from the preloaded process does what it does alone, and never outlives who asked."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from filelock import FileLock
 from tpaw_core.processes import fork_server
 
 TPAW = [str(Path(sys.executable).parent / "tpaw")]
-DVC = [sys.executable, "-m", "tpaw_core.preload", "dvc"]
+DVC = [sys.executable, "-m", "tpaw_core.processes.fork_server", "dvc"]
 
 
 @pytest.fixture(scope="module")
@@ -50,35 +51,41 @@ def _run(*command: str, folder: Path, alone: bool = False) -> tuple[int, str, st
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("name", fork_server.MODULES)
+def test_what_is_imported_beforehand_exists(name: str) -> None:
+    """A wrong name would end the server, and with it the first command."""
+    assert importlib.util.find_spec(name) is not None
+
+
 @pytest.mark.parametrize("arguments", [["status"], ["no-such-command"], ["train", "-t", "1"], ["--help"]])
 def test_output_and_status_are_those_of_the_command_by_itself(
-    arguments: list[str], server: subprocess.Popen[bytes], workspace_folder: Path
+    arguments: list[str], server: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
-    expected = _run(*TPAW, *arguments, folder=workspace_folder, alone=True)
-    assert _run(*TPAW, *arguments, folder=workspace_folder) == expected
+    expected = _run(*TPAW, *arguments, folder=tmp_path, alone=True)
+    assert _run(*TPAW, *arguments, folder=tmp_path) == expected
     assert expected[1] or expected[2]
 
 
-def test_dvc_runs_there_too_and_its_commands_after_it(server: subprocess.Popen[bytes], workspace_folder: Path) -> None:
-    (workspace_folder / "dvc.yaml").write_text("stages: {a: {cmd: 'tpaw status > out', outs: [out]}}")
-    assert _run(*DVC, "init", "--no-scm", "-q", folder=workspace_folder)[0] == 0
-    status, said, _ = _run(*DVC, "repro", folder=workspace_folder)
+def test_dvc_runs_there_too_and_its_commands_after_it(server: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_text("stages: {a: {cmd: 'tpaw status > out', outs: [out]}}")
+    assert _run(*DVC, "init", "--no-scm", "-q", folder=tmp_path)[0] == 0
+    status, said, _ = _run(*DVC, "repro", folder=tmp_path)
     assert status == 0
     assert "Running stage 'a'" in said
-    assert "worker: stopped" in (workspace_folder / "out").read_text()
-    (workspace_folder / "dvc.yaml").write_text("stages: {a: {cmd: 'tpaw train -t 1', outs: [out]}}")
-    status, said, errors = _run(*DVC, "repro", folder=workspace_folder)
+    assert "worker: stopped" in (tmp_path / "out").read_text()
+    (tmp_path / "dvc.yaml").write_text("stages: {a: {cmd: 'tpaw train -t 1', outs: [out]}}")
+    status, said, errors = _run(*DVC, "repro", folder=tmp_path)
     assert status == 255
     assert "error: params.yaml: no such file" in errors
     assert "exited with 1" in errors
 
 
-def test_a_command_ends_with_who_asked_for_it(server: subprocess.Popen[bytes], workspace_folder: Path) -> None:
-    (workspace_folder / ".tpaw").mkdir()
-    (workspace_folder / "params.yaml").write_bytes((Path(__file__).parents[1] / "params.yaml").read_bytes())
-    with FileLock(workspace_folder / ".tpaw" / "lock"):
+def test_a_command_ends_with_who_asked_for_it(server: subprocess.Popen[bytes], tmp_path: Path, root: Path) -> None:
+    (tmp_path / ".tpaw").mkdir()
+    (tmp_path / "params.yaml").write_bytes((root / "params.yaml").read_bytes())
+    with FileLock(tmp_path / ".tpaw" / "lock"):
         for kind in (signal.SIGKILL, signal.SIGTERM):
-            asking = subprocess.Popen([*TPAW, "sft"], cwd=workspace_folder, stdout=subprocess.PIPE, text=True)
+            asking = subprocess.Popen([*TPAW, "sft"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
             assert asking.stdout is not None
             assert asking.stdout.readline() == "sft: waiting for another one in this workspace\n"
             assert len(_jobs(server)) == 2
@@ -88,12 +95,12 @@ def test_a_command_ends_with_who_asked_for_it(server: subprocess.Popen[bytes], w
 
 
 def test_a_command_that_is_killed_ends_as_a_shell_says_it(
-    server: subprocess.Popen[bytes], workspace_folder: Path
+    server: subprocess.Popen[bytes], tmp_path: Path, root: Path
 ) -> None:
-    (workspace_folder / ".tpaw").mkdir()
-    (workspace_folder / "params.yaml").write_bytes((Path(__file__).parents[1] / "params.yaml").read_bytes())
-    with FileLock(workspace_folder / ".tpaw" / "lock"):
-        asking = subprocess.Popen([*TPAW, "sft"], cwd=workspace_folder, stdout=subprocess.PIPE, text=True)
+    (tmp_path / ".tpaw").mkdir()
+    (tmp_path / "params.yaml").write_bytes((root / "params.yaml").read_bytes())
+    with FileLock(tmp_path / ".tpaw" / "lock"):
+        asking = subprocess.Popen([*TPAW, "sft"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
         assert asking.stdout is not None
         asking.stdout.readline()
         attending, job = sorted(_jobs(server), key=lambda process: process.ppid() != server.pid)
@@ -102,18 +109,18 @@ def test_a_command_that_is_killed_ends_as_a_shell_says_it(
         assert asking.wait() == 137
 
 
-def test_where_nobody_listens_a_command_runs_by_itself(workspace_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(fork_server.ADDRESS, str(workspace_folder / "nobody"))
+def test_where_nobody_listens_a_command_runs_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(fork_server.ADDRESS, str(tmp_path / "nobody"))
     assert fork_server.ask("tpaw", ["status"]) is None
-    assert "worker: stopped" in _run(*TPAW, "status", folder=workspace_folder)[1]
-    assert _run(*DVC, "version", folder=workspace_folder)[0] == 0
+    assert "worker: stopped" in _run(*TPAW, "status", folder=tmp_path)[1]
+    assert _run(*DVC, "version", folder=tmp_path)[0] == 0
 
 
-def test_it_ends_when_whoever_started_it_is_gone(workspace_folder: Path) -> None:
+def test_it_ends_when_whoever_started_it_is_gone(tmp_path: Path) -> None:
     code = (
         "import subprocess, sys; "
         "p = subprocess.Popen([sys.argv[1], 'preload', 'socket'], stdin=subprocess.PIPE); print(p.pid, flush=True)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *TPAW], cwd=workspace_folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *TPAW], cwd=tmp_path, capture_output=True, text=True)
     started = int(done.stdout)
     _until(lambda: not psutil.pid_exists(started) or psutil.Process(started).status() == psutil.STATUS_ZOMBIE)

@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tpaw_core.artifacts.metrics import evaluated, read_samples
 from tpaw_core.report import table
 from tpaw_core.report.page import write
+from tpaw_core.workspace.paths import Workspace
 
 PLOTS = {"accuracy", "rewards", "target_active", "player_weights"}
 Measure = Callable[..., None]
 
 
 @pytest.fixture
-def measured(workspace_folder: Path) -> Measure:
+def measured(workspace: Workspace) -> Measure:
     """Write metrics/<t>.json and training/<t>.jsonl of one checkpoint."""
 
     def write(
@@ -29,11 +31,12 @@ def measured(workspace_folder: Path) -> Measure:
         primary = {"benchmark": "heldout", "metric": "exact_match", "value": value, "stderr": 0.0123456, "n": 1000}
         lineage = {"checkpoint": f"digest {iteration}", "parent": parent or f"digest {iteration - 1}"}
         metrics = {"primary": primary, "benchmarks": {}, "training": training, **lineage}
-        for folder in ("metrics", "training"):
-            Path(folder).mkdir(exist_ok=True)
-        Path("metrics", f"{iteration}.json").write_text(json.dumps(metrics))
+        for path in (workspace.metrics(iteration), workspace.training_log(iteration)):
+            path.parent.mkdir(exist_ok=True)
+        workspace.metrics(iteration).write_text(json.dumps(metrics))
         if log is not None:
-            Path("training", f"{iteration}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+            lines = [json.dumps(entry) + "\n" for entry in log]
+            workspace.training_log(iteration).write_text("".join(lines))
 
     return write
 
@@ -60,10 +63,12 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_the_table_has_a_row_a_checkpoint_in_order_and_dashes_where_nothing_was_trained(measured: Measure) -> None:
+def test_the_table_has_one_row_per_checkpoint_in_order_and_dashes_where_nothing_was_trained(
+    workspace: Workspace, measured: Measure
+) -> None:
     for iteration in (10, 2, 0):
         measured(iteration, 0.5 + iteration / 100, REWARDS if iteration else {})
-    head, rule, *rows = table.table().splitlines()
+    head, rule, *rows = table.table(workspace).splitlines()
     assert cells(head) == [
         "checkpoint", "benchmark", "score", "stderr", "n", "target reward", "generated reward", "alpha = eta"
     ]  # fmt: skip
@@ -75,24 +80,24 @@ def test_the_table_has_a_row_a_checkpoint_in_order_and_dashes_where_nothing_was_
     assert {len(line) for line in (head, rule, *rows)} == {len(head)}
 
 
-def test_checkpoints_of_an_earlier_lineage_are_left_out_and_named(measured: Measure) -> None:
+def test_checkpoints_of_an_earlier_lineage_are_left_out_and_named(workspace: Workspace, measured: Measure) -> None:
     for iteration, parent in enumerate([None, None, "digest of an earlier 1", None]):
         measured(iteration, 0.5, REWARDS if iteration else {}, parent=parent)
-    assert list(table.evaluated()) == [0, 1]
-    lines = table.table().splitlines()
+    assert list(evaluated(workspace)) == [0, 1]
+    lines = table.table(workspace).splitlines()
     assert len(lines) == 6
     assert cells(lines[3])[0] == "1"
     assert lines[-1] == "Left out, as made from an earlier checkpoint 1: 2, 3."
 
 
-def test_the_report_holds_the_table_and_every_plot(measured: Measure, tmp_path: Path) -> None:
+def test_the_report_holds_the_table_and_every_plot(workspace: Workspace, measured: Measure, tmp_path: Path) -> None:
     measured(0, 0.5, {}, log=[{"step": 1, "loss": 2.0}])
     for iteration in (1, 2, 3, 4):
         measured(iteration, 0.5, REWARDS, entries(players=min(iteration, 4)))
     (tmp_path / "report").mkdir()
-    write(tmp_path / "report")
+    write(workspace, tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
-    assert table.table() in text
+    assert table.table(workspace) in text
     assert {path.stem for path in (tmp_path / "report").glob("*.png")} == PLOTS
     for name in PLOTS:
         assert f"![{name}]({name}.png)" in text
@@ -100,29 +105,31 @@ def test_the_report_holds_the_table_and_every_plot(measured: Measure, tmp_path: 
             assert len(image.convert("RGB").getcolors(1 << 24)) > 10, "more than an empty sheet"
 
 
-def test_the_plots_are_the_same_bytes_for_the_same_measurements(measured: Measure, tmp_path: Path) -> None:
+def test_the_plots_are_the_same_bytes_for_the_same_measurements(
+    workspace: Workspace, measured: Measure, tmp_path: Path
+) -> None:
     measured(0, 0.5, {})
     measured(1, 0.6, REWARDS, entries(players=1))
     made = []
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
-        write(tmp_path / name)
+        write(workspace, tmp_path / name)
         made.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
     assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("measure", [lambda m: None, lambda m: m(0, 0.5, {}), lambda m: m(0, 0.5, {}, log=[])])
 def test_a_report_can_be_made_before_any_iteration_is_done(
-    measure: Callable[[Measure], None], measured: Measure, tmp_path: Path
+    measure: Callable[[Measure], None], workspace: Workspace, measured: Measure, tmp_path: Path
 ) -> None:
     measure(measured)
     (tmp_path / "report").mkdir()
-    write(tmp_path / "report")
+    write(workspace, tmp_path / "report")
     assert (tmp_path / "report" / "report.md").read_text().startswith("# Result\n\n| checkpoint |")
 
 
-def test_samples_of_a_checkpoint_without_any_are_none(workspace_folder: Path) -> None:
-    assert table.samples(3) == []
-    Path("samples").mkdir()
-    Path("samples/3.jsonl").write_text('{"prompt": "é"}\n{"prompt": "b"}\n', encoding="utf-8")
-    assert table.samples(3) == [{"prompt": "é"}, {"prompt": "b"}]
+def test_samples_of_a_checkpoint_without_any_are_none(workspace: Workspace) -> None:
+    assert read_samples(workspace, 3) == []
+    workspace.samples(3).parent.mkdir()
+    workspace.samples(3).write_text('{"prompt": "é"}\n{"prompt": "b"}\n', encoding="utf-8")
+    assert read_samples(workspace, 3) == [{"prompt": "é"}, {"prompt": "b"}]

@@ -1,19 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tpaw_core.config import params_file
 from tpaw_core.errors import TpawError
 from tpaw_core.study import methods
+from tpaw_core.workspace.paths import Workspace
 
 
 @pytest.mark.parametrize("name", list(methods.METHODS))
-def test_every_method_is_a_change_of_the_demo_that_the_parameters_take(
-    name: str, root: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(str(root))
-    plain, _ = params_file.resolve("demo")
-    params, _ = params_file.resolve("demo", methods.METHODS[name].overrides)
+def test_every_method_is_a_change_of_the_demo_that_the_parameters_take(name: str, root: Path) -> None:
+    plain, _ = params_file.resolve(Workspace(root), "demo")
+    params, _ = params_file.resolve(Workspace(root), "demo", methods.METHODS[name].overrides)
     assert (params == plain) == (name == "tpaw")
     assert params.training == plain.training
     assert methods.METHODS[name].source

@@ -7,6 +7,7 @@ import pytest
 from tpaw_core.config.params import Objective, Params
 from tpaw_core.errors import TpawError
 from tpaw_core.study import stage_graph
+from tpaw_core.workspace.paths import Workspace
 
 
 def changed(params: Params, section: str, **values: object) -> Params:
@@ -15,7 +16,7 @@ def changed(params: Params, section: str, **values: object) -> Params:
 
 @pytest.fixture
 def stages(params: Params, root: Path) -> dict[str, stage_graph.Stage]:
-    return {stage.name: stage for stage in stage_graph.read(params, root / "dvc.yaml")}
+    return {stage.name: stage for stage in stage_graph.read_graph(root / "dvc.yaml", params)}
 
 
 def test_stages_come_in_the_order_of_running_with_what_they_read_and_write(
@@ -39,29 +40,30 @@ def test_every_output_that_a_stage_reads_was_made_before_it(stages: dict[str, st
 
 
 def test_fine_tuning_that_goes_on_needs_rows_and_a_checkpoint_only(params: Params, root: Path) -> None:
-    found = stage_graph.read(changed(params, "objective", name="sft"), root / "dvc.yaml")
+    found = stage_graph.read_graph(root / "dvc.yaml", changed(params, "objective", name="sft"))
     assert [stage.name for stage in found][:4] == ["sft", "evaluate-sft", "train@1", "evaluate@1"]
     assert [str(path) for path in found[2].deps] == ["checkpoints/0", "data/train.jsonl"]
 
 
 @pytest.fixture
-def files(workspace_folder: Path) -> Path:
-    (workspace_folder / "data").mkdir()
-    (workspace_folder / "data" / "train.jsonl").write_text("rows")
-    return workspace_folder
+def workspace(tmp_path: Path) -> Workspace:
+    made = Workspace(tmp_path)
+    made.data.mkdir()
+    made.train_rows.write_text("rows")
+    return made
 
 
 def test_a_key_changes_with_what_decides_the_outputs_and_with_nothing_else(
-    files: Path, params: Params, stages: dict[str, stage_graph.Stage]
+    workspace: Workspace, params: Params, stages: dict[str, stage_graph.Stage]
 ) -> None:
     stage = stages["sft"]
-    key = stage_graph.key(stage, params)
-    assert stage_graph.key(stage, params) == key
-    assert stage_graph.key(stage, changed(params, "objective", eta=2.0)) == key
-    assert stage_graph.key(stage, changed(params, "sft", learning_rate=1.0)) != key
-    assert stage_graph.key(stage, params.model_copy(update={"seed": 43})) != key
-    (files / "data" / "train.jsonl").write_text("other rows")
-    assert stage_graph.key(stage, params) != key
+    key = stage_graph.key(workspace, stage, params)
+    assert stage_graph.key(workspace, stage, params) == key
+    assert stage_graph.key(workspace, stage, changed(params, "objective", eta=2.0)) == key
+    assert stage_graph.key(workspace, stage, changed(params, "sft", learning_rate=1.0)) != key
+    assert stage_graph.key(workspace, stage, params.model_copy(update={"seed": 43})) != key
+    workspace.train_rows.write_text("other rows")
+    assert stage_graph.key(workspace, stage, params) != key
 
 
 def test_player_weights_decide_the_weights_and_not_the_training_that_reads_them(
@@ -77,6 +79,7 @@ def test_player_weights_decide_the_weights_and_not_the_training_that_reads_them(
     assert read == known  # a new field must be read by some stage
 
 
-def test_a_missing_input_is_named(workspace_folder: Path, params: Params, stages: dict[str, stage_graph.Stage]) -> None:
+def test_a_missing_input_is_named(workspace: Workspace, params: Params, stages: dict[str, stage_graph.Stage]) -> None:
+    workspace.train_rows.unlink()
     with pytest.raises(TpawError, match=r"data/train.jsonl: does not exist"):
-        stage_graph.key(stages["sft"], params)
+        stage_graph.key(workspace, stages["sft"], params)

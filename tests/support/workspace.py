@@ -1,4 +1,4 @@
-"""A small workspace of the project's own pipeline, and commands run in it."""
+"""The project's own pipeline in a folder of its own, with a tiny model, and commands run in it."""
 
 from __future__ import annotations
 
@@ -8,24 +8,32 @@ import random
 import re
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from ruamel.yaml import YAML
 
 from chaos.proxy import Proxy
-from mlflow import MlflowClient
+from tpaw_core.config import params_file
+from tpaw_core.data import prepare
 from tpaw_core.processes import fork_server
+from tpaw_core.workspace.paths import Workspace
 
-ROOT = Path(__file__).parents[1]
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 COMMANDS = {
-    "repro": [sys.executable, "-m", "tpaw_core.preload", "dvc", "repro"],
+    "repro": [sys.executable, "-m", "tpaw_core.processes.fork_server", "dvc", "repro"],
     "flow": [str(BIN / "prefect"), "deployment", "run", "tpaw/iterate", "--watch"],
 }
 TINY = [
@@ -42,14 +50,14 @@ TINY = [
 ]
 
 
-class Workspace:
+class Project:
     """A folder with the project's pipeline in it; a model so small that a stage takes a second."""
 
-    server: psutil.Popen | None = None  # the preloaded process
+    server: psutil.Popen | None = None  # the preloaded process, where this project started it
     proxy: Proxy | None = None
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.workspace = folder, Workspace(folder)
         self.messages = Path(tempfile.mkdtemp(prefix="tpaw-")) / "repro.log"  # not on a disk that gets full
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_TRACKING", "TPAW_"))},
@@ -61,27 +69,56 @@ class Workspace:
         self.environment["PREFECT_API_URL"] = f"http://127.0.0.1:{self.environment['TPAW_PREFECT_PORT']}/api"
 
     @classmethod
-    def make(cls, folder: Path, *settings: str, iterations: int = 2) -> Workspace:
+    def make(cls, folder: Path, *settings: str, iterations: int = 2) -> Project:
         """The pipeline's files, params.yaml and rows; nothing has run yet."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("dvc.yaml", "prefect.yaml", "prefect.toml", ".gitignore", "recipes", "flows"):
+        made = cls.bare(folder)
+        for name in ("prefect.yaml", "prefect.toml", ".gitignore", "flows"):
             (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
         (folder / ".dvc").mkdir()
         shutil.copy(ROOT / ".dvc" / "config", folder / ".dvc" / "config")
-        made = cls(folder)
         made.run("git", "init", "--quiet")
-        made.run("tpaw", "use", "demo", *TINY, *settings)
-        text = (folder / "params.yaml").read_text()
-        kept = "".join(f"  '{t}': {{previous: {t - 1}}}\n" for t in range(1, iterations + 1))
-        (folder / "params.yaml").write_text(re.sub(r"(?m)(^iterations:\n)(^  '\d+': .*\n)+", rf"\g<1>{kept}", text))
-        made.run("tpaw", "data")
+        params = params_file.switch(made.workspace, "demo", [*TINY, *settings])
+        made.keep_iterations(iterations)
+        prepare.prepare(made.workspace, params.data, params.seed)
         made.run("dvc", "add", "--quiet", "data")
+        return made
+
+    @classmethod
+    def bare(cls, folder: Path) -> Project:
+        """The recipes and the graph of stages alone: what a study needs."""
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "dvc.yaml", folder / "dvc.yaml")
+        shutil.copytree(ROOT / "recipes", folder / "recipes")
+        return cls(folder)
+
+    def keep_iterations(self, number: int) -> None:
+        """params.yaml with this many iterations, each as the recipe has it."""
+        path = self.workspace.params_file
+        kept = "".join(f"  '{t}': {{previous: {t - 1}}}\n" for t in range(1, number + 1))
+        path.write_text(re.sub(r"(?m)(^iterations:\n)(^  '\d+': .*\n)+", rf"\g<1>{kept}", path.read_text()))
+
+    def copy(self, folder: Path) -> Project:
+        """Another project with the same files. Its commands are forked from the same preloaded process."""
+        subprocess.run(["cp", "--archive", self.folder, folder], check=True)  # hard links stay links
+        made = Project(folder)
+        if (address := self.environment.get(fork_server.ADDRESS)) is not None:
+            made.environment[fork_server.ADDRESS] = address
+        if (database := made.workspace.mlflow / "mlflow.db").exists():
+            moved = (str(self.folder), str(folder))
+            with closing(sqlite3.connect(database)) as connection, connection:
+                connection.execute("UPDATE experiments SET artifact_location = replace(artifact_location, ?, ?)", moved)
+                connection.execute("UPDATE runs SET artifact_uri = replace(artifact_uri, ?, ?)", moved)
         return made
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True)
         assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
         return done
+
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        """A command that goes on; its output can be read."""
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=pipe, stderr=pipe, text=True)
 
     def flow(self, *parameters: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         given = [word for parameter in parameters for word in ("--param", parameter)]
@@ -99,12 +136,13 @@ class Workspace:
         self.environment[fork_server.ADDRESS] = address
 
     def close(self) -> None:
-        """End what was started for this workspace."""
+        """End what was started for this project."""
         if self.server is not None:
             self.server.communicate()
             shutil.rmtree(Path(self.environment.pop(fork_server.ADDRESS)).parent)
             self.server = None
-        self.run("tpaw", "down", check=False)
+        if (self.workspace.state / "services.json").exists():
+            self.run("tpaw", "down", check=False)
         shutil.rmtree(self.messages.parent)
 
     def up(self) -> None:
@@ -118,6 +156,16 @@ class Workspace:
     def again(self, command: str) -> None:
         """One of COMMANDS beside whatever runs; it may wait, or say who is at work."""
         self.run(*COMMANDS[command], check=False)
+
+    @contextmanager
+    def settings(self, *overrides: str) -> Iterator[None]:
+        """Other parameters for a while."""
+        before = self.workspace.params_file.read_text()
+        params_file.switch(self.workspace, None, overrides)
+        try:
+            yield
+        finally:
+            self.workspace.params_file.write_text(before)
 
     def log(self, command: str) -> Path:
         """Where a command's stages say that they run."""
@@ -161,6 +209,8 @@ class Workspace:
         return process.children(recursive=True) if process else []
 
     def client(self) -> MlflowClient:
+        from mlflow import MlflowClient
+
         return MlflowClient(f"sqlite:///{self.folder / '.tpaw' / 'mlflow' / 'mlflow.db'}")
 
 

@@ -1,17 +1,13 @@
 from __future__ import annotations
 
 import errno
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
+import os
 from pathlib import Path
 
 import pytest
 
 from tpaw_core.errors import TpawError
 from tpaw_core.workspace import files
-from tpaw_core.workspace.lock import exclusive
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -54,10 +50,11 @@ def test_until_all_went_well_the_old_target_is_in_place(target: Path) -> None:
     [
         (RuntimeError("no"), RuntimeError),
         (KeyboardInterrupt(), KeyboardInterrupt),
+        (PermissionError(errno.EACCES, "Permission denied"), PermissionError),
         (OSError(errno.ENOSPC, "No space left on device"), TpawError),
         (None, TpawError),
     ],
-    ids=["error", "interrupt", "full disk", "nothing was written"],
+    ids=["error", "interrupt", "unreadable", "full disk", "nothing was written"],
 )
 def test_a_failure_leaves_the_old_target_and_nothing_beside_it(
     error: BaseException | None, raised: type[BaseException], target: Path
@@ -76,9 +73,37 @@ def test_a_failure_leaves_the_old_target_and_nothing_beside_it(
     assert [path.name for path in target.parent.iterdir()] == ["target"]
 
 
-def test_a_full_disk_is_named_with_its_target(target: Path) -> None:
-    with pytest.raises(TpawError, match=f"{target}: could not be written .No space left"), files.publish(target):
+def test_a_full_disk_is_reported_with_the_folder(target: Path) -> None:
+    message = rf"{target.parent}: the disk is full \(.*No space left on device\); free up space and run the same"
+    with pytest.raises(TpawError, match=message), files.publish(target):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/some/input"), OSError("the reader's own")]
+)
+def test_an_error_of_the_block_is_raised_unchanged(error: OSError, target: Path) -> None:
+    """What the block reads may fail too: it must not be reported as a target that cannot be written."""
+    with pytest.raises(OSError) as caught, files.publish(target):  # noqa: PT011
+        raise error
+    assert caught.value is error
+
+
+def test_a_target_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    target = tmp_path / "file" / "target"
+    message = rf"{target}: could not be written \(.*\); free up space or fix the permissions"
+    with pytest.raises(TpawError, match=message), files.publish(target) as aside:
+        aside.write_text("new")
+
+
+def test_what_a_killed_process_left_beside_the_target_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".target-half").mkdir()
+    (tmp_path / ".target-half" / "target").write_text("half")
+    with files.publish(tmp_path / "target") as aside:
+        aside.write_text("new")
+    assert tree(tmp_path) == {"target": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
 def test_a_disk_that_runs_full_leaves_the_old_target(small_disk: Path) -> None:
@@ -86,7 +111,7 @@ def test_a_disk_that_runs_full_leaves_the_old_target(small_disk: Path) -> None:
     with files.publish(target) as aside:
         aside.write_text("old")
     with (
-        pytest.raises(TpawError, match=f"{target}: could not be written .No space left"),
+        pytest.raises(TpawError, match=rf"{small_disk}: the disk is full \(.*No space left on device\)"),
         files.publish(target) as aside,
     ):
         aside.write_bytes(bytes(4 << 20))
@@ -96,80 +121,15 @@ def test_a_disk_that_runs_full_leaves_the_old_target(small_disk: Path) -> None:
     assert tree(small_disk) == {"target": "new"}
 
 
-# The lock -------------------------------------------------------------------------------------------------------------
-
-HOLD = """
-import sys
-from tpaw_core import workspace
-with workspace.exclusive(sys.argv[1]):
-    print("holds", flush=True)
-    with open("order", "a") as file:
-        file.write(sys.argv[1] + " in\\n")
-    sys.stdin.readline()
-    with open("order", "a") as file:
-        file.write(sys.argv[1] + " out\\n")
-"""
-
-
-class Holder:
-    """A process that wants the lock, and keeps it until it is told to end."""
-
-    def __init__(self, name: str, folder: Path) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", HOLD, name], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def says(self) -> str:
-        return self.process.stdout.readline().strip()
-
-    def end(self) -> None:
-        self.process.communicate("\n", timeout=60)
-
-
-@pytest.fixture
-def first(tmp_path: Path) -> Iterator[Holder]:
-    holder = Holder("train@1", tmp_path)
-    assert holder.says() == "holds"
-    yield holder
-    holder.process.kill()
-    holder.process.communicate()
-
-
-def test_a_second_stage_says_for_whom_it_waits_and_starts_when_the_first_ends(first: Holder, tmp_path: Path) -> None:
-    second = Holder("weights@1", tmp_path)
-    assert second.says() == f"weights@1: waiting for train@1 (process {first.process.pid}) in this workspace"
-    first.end()
-    assert second.says() == "holds"
-    second.end()
-    assert (tmp_path / "order").read_text().splitlines() == [
-        "train@1 in",
-        "train@1 out",
-        "weights@1 in",
-        "weights@1 out",
-    ]
-
-
-def test_a_killed_holder_frees_the_workspace(first: Holder, tmp_path: Path) -> None:
-    waiting = Holder("weights@1", tmp_path)
-    assert waiting.says().startswith("weights@1: waiting for train@1")
-    first.process.send_signal(signal.SIGKILL)
-    first.process.wait()
-    assert waiting.says() == "holds"
-    waiting.end()
-    later = Holder("evaluate 1", tmp_path)
-    assert later.says() == "holds"
-    later.end()
-
-
-def test_a_stage_that_fails_frees_the_workspace(workspace_folder: Path) -> None:
-    with pytest.raises(RuntimeError), exclusive("train@1"):
-        raise RuntimeError
-    later = Holder("train@1", workspace_folder)
-    assert later.says() == "holds"
-    later.end()
-
-
 def test_what_is_needed_and_not_there_is_named_with_the_remedy(tmp_path: Path) -> None:
     assert files.need(tmp_path, "make it") == tmp_path
     with pytest.raises(TpawError, match=r"gone: does not exist; make it with `x`"):
         files.need(tmp_path / "gone", "make it with `x`")
+
+
+def test_digests_are_those_of_sha256(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_text("abc")
+    assert files.sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert files.digest({"b": [1, "é"], "a": None}) == files.digest({"a": None, "b": [1, "é"]})
+    # sha256 of {"a":1}
+    assert files.digest({"a": 1}) == "015abd7f5cc57a2dd94b7590f04ad8084273905ee33ec5cebeae62276a97f862"

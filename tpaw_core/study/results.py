@@ -56,8 +56,10 @@ def read_csv(folder: Path, name: str) -> pd.DataFrame:
     """One of the study's CSV files, empty where there is none."""
     import pandas as pd
 
-    path = folder / name
-    return pd.read_csv(path, float_precision="round_trip") if path.exists() else pd.DataFrame()
+    try:
+        return pd.read_csv(folder / name, float_precision="round_trip")
+    except (FileNotFoundError, pd.errors.EmptyDataError):  # no step was logged
+        return pd.DataFrame()
 
 
 def finished(cell: Cell, known: pd.DataFrame) -> bool:
@@ -84,9 +86,10 @@ def _and_earlier(table: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:
 
     if known.empty:
         return table
-    cell = [*KEY, "params"]
-    earlier = known[~pd.MultiIndex.from_frame(known[cell]).isin(pd.MultiIndex.from_frame(table[cell]))]
-    return pd.concat([table, earlier.assign(chosen=False) if "chosen" in table else earlier])
+    if not table.empty:
+        cell = [*KEY, "params"]
+        known = known[~pd.MultiIndex.from_frame(known[cell]).isin(pd.MultiIndex.from_frame(table[cell]))]
+    return pd.concat([table, known.assign(chosen=False) if "chosen" in known else known])
 
 
 def best_rates(plan: Plan, grid: pd.DataFrame) -> dict[str, float]:

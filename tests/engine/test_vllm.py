@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tpaw_core.config.params import Generation
+from tpaw_core.data.endings import Ending, Response
+from tpaw_core.engine.generation import in_process, vllm_client
+from tpaw_core.errors import TpawError
+
+VLLM_PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
+
+
+def ask(model: Path, prompts: list[list[int]], eos_id: int, python: Path) -> list[Response]:
+    settings, ending = Generation(temperature=0.0, max_new_tokens=20), Ending(eos_id)
+    return vllm_client.generate(
+        model, prompts, settings, max_length=128, ending=ending, seed=1, dtype="float32", python=python
+    )
+
+
+def test_an_interpreter_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    python = tmp_path / vllm_client.PYTHON
+    with pytest.raises(TpawError, match=rf"generation\.python '{python}': no such interpreter; `make vllm`"):
+        ask(tmp_path, [[1]], 1, python)
+
+
+@pytest.mark.parametrize("python", ["/bin/false", "/bin/true"])
+def test_an_interpreter_that_fails_or_answers_nothing_is_an_error(python: str, tmp_path: Path) -> None:
+    with pytest.raises(TpawError, match=rf"vllm \({python}\) ended with status [01]; its own message is above"):
+        ask(tmp_path, [[1]], 1, Path(python))
+
+
+STAND_IN = """
+import json, os
+from types import SimpleNamespace as Namespace
+
+SamplingParams = dict
+
+class LLM:
+    def __init__(self, model, **options):
+        self.given = {"model": model, **options}
+
+    def generate(self, prompts, sampling):
+        with open(os.environ["STAND_IN_LOG"], "w") as file:
+            json.dump({**self.given, "sampling": sampling}, file)
+        return [Namespace(outputs=[Namespace(token_ids=(*p["prompt_token_ids"], 1, 9))]) for p in prompts]
+"""
+
+
+def test_the_worker_asks_vllm_for_what_the_settings_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for vllm that answers each prompt with its own ids, EOS and one more."""
+    (tmp_path / "vllm.py").write_text(STAND_IN)
+    (tmp_path / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: False)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("STAND_IN_LOG", str(tmp_path / "log.json"))
+    responses = ask(tmp_path / "0", [[5, 6], [7] * 120], 1, Path(sys.executable))
+    assert [(list(r.ids), r.finish_reason) for r in responses] == [([5, 6, 1], "stop"), ([7] * 8, "length")]
+    asked = json.loads((tmp_path / "log.json").read_text())
+    assert asked["model"] == str(tmp_path / "0")
+    assert asked["max_model_len"] == 128
+    assert not asked["trust_remote_code"]
+    assert [(s["max_tokens"], s["seed"], s["stop_token_ids"]) for s in asked["sampling"]] == [(20, 1, [1]), (8, 2, [1])]
+
+
+@pytest.mark.vllm
+def test_vllm_generates_what_transformers_generates(
+    make_model: Callable[[int], Any],
+    encoded: list[Any],
+    tokenizer: Any,
+    save_checkpoint: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    assert VLLM_PYTHON.exists(), "`make vllm` makes the interpreter that this test needs"
+    prompts = [e.prompt_ids[: 3 + 7 * number % 40] for number, e in enumerate(encoded * 3)]
+    assert len(prompts) >= 64
+    model, ending = make_model(4), Ending.of(tokenizer)
+    with torch.inference_mode():  # EOS's row of the output is raised towards the states that the model passes through
+        states = model.model(torch.tensor([prompts[0]])).last_hidden_state[0]
+        model.lm_head.weight[ending.eos_id] = states.mean(0) * 0.45
+    save_checkpoint(model, tmp_path / "0")
+    settings = Generation(temperature=0.0, max_new_tokens=20, batch_size=1)
+    expected = in_process.generate(
+        model, prompts, settings, max_length=128, ending=ending, pad_id=tokenizer.pad_token_id, seed=1
+    )
+    assert {response.finish_reason for response in expected} == {"stop", "length"}, "the model must do both"
+    assert ask(tmp_path / "0", prompts, ending.eos_id, VLLM_PYTHON) == expected
