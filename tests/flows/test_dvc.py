@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -30,13 +31,21 @@ def messages(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) 
     return caplog
 
 
+@pytest.fixture(scope="module")
+def initialised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder .dvc of a new project."""
+    folder = tmp_path_factory.mktemp("dvc")
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet", "--no-scm"], check=True, cwd=folder)
+    return folder / ".dvc"
+
+
 @pytest.fixture
-def folder(tmp_path: Path, messages: object, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(initialised: Path, tmp_path: Path, messages: object, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, as of a flow run, with a project of one stage."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
     monkeypatch.delenv(fork_server.ADDRESS, raising=False)
-    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet", "--no-scm"], check=True)
+    shutil.copytree(initialised, tmp_path / ".dvc")
     (tmp_path / "dvc.yaml").write_text(STAGE)
     (tmp_path / "stage.sh").write_text(SCRIPT)
     (tmp_path / "in").write_text("rows\n")
@@ -92,6 +101,7 @@ def test_another_damaged_file_is_no_damaged_lock() -> None:
 # Running --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_line_but_dvcs_hints_goes_to_the_log(folder: Path, messages: pytest.LogCaptureFixture) -> None:
     (folder / "stage.sh").write_text("echo 'warning: look'; echo more; cp in out\n")
     assert dvc.repro("one")
@@ -101,6 +111,7 @@ def test_every_line_but_dvcs_hints_goes_to_the_log(folder: Path, messages: pytes
     assert not [line for line in levels if line.startswith(dvc.HINTS)]
 
 
+@pytest.mark.slow
 def test_dvcs_hints_are_what_it_says_itself(folder: Path) -> None:
     """Whatever else DVC says is shown: a hint that was reworded would be noticed here."""
     subprocess.run(["git", "init", "--quiet"], check=True)
@@ -119,6 +130,7 @@ def test_repro_says_whether_the_stage_ran(folder: Path) -> None:
     assert (folder / "out").read_text() == "rows\n"
 
 
+@pytest.mark.slow
 def test_force_runs_a_stage_that_is_up_to_date(folder: Path) -> None:
     assert dvc.repro("one")
     assert not dvc.repro("one")
@@ -128,13 +140,14 @@ def test_force_runs_a_stage_that_is_up_to_date(folder: Path) -> None:
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("pruned", [None, 1, 2, 3])
 def test_the_options_that_dvc_gets(
-    force: bool, pruned: int | None, folder: Path, monkeypatch: pytest.MonkeyPatch
+    force: bool, pruned: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a pruned checkpoint, the one before and the one that the stage makes count."""
+    monkeypatch.chdir(tmp_path)
     given: list[tuple[str, ...]] = []
     monkeypatch.setattr(dvc, "run", lambda *command: given.append(command) or [])
     if pruned is not None:
-        path = Workspace(folder).pruned(pruned)
+        path = Workspace(tmp_path).pruned(pruned)
         path.parent.mkdir(parents=True)
         path.write_text("{}")
     dvc.repro("train@2", 2, force=force)
@@ -142,6 +155,7 @@ def test_the_options_that_dvc_gets(
     assert given == [("dvc", "repro", "--single-item", *options, "train@2")]
 
 
+@pytest.mark.slow
 def test_a_stage_that_refuses_is_not_temporary(folder: Path) -> None:
     (folder / "in").write_text("error: wrong rows\n")
     with pytest.raises(dvc.StageFailed, match=r"^error: wrong rows") as caught:
@@ -149,6 +163,7 @@ def test_a_stage_that_refuses_is_not_temporary(folder: Path) -> None:
     assert not caught.value.temporary
 
 
+@pytest.mark.slow
 def test_a_service_that_did_not_answer_is_temporary(folder: Path) -> None:
     (folder / "temporary").touch()
     with pytest.raises(dvc.StageFailed) as caught:
@@ -156,6 +171,7 @@ def test_a_service_that_did_not_answer_is_temporary(folder: Path) -> None:
     assert caught.value.temporary
 
 
+@pytest.mark.slow
 def test_a_command_that_is_not_there_fails_with_its_name(folder: Path) -> None:
     with pytest.raises(dvc.StageFailed, match="No such command 'nothing'"):
         dvc.run("tpaw", "nothing")
@@ -164,6 +180,7 @@ def test_a_command_that_is_not_there_fails_with_its_name(folder: Path) -> None:
 # A damaged dvc.lock ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"stages: {", b"\xff\xfe", b"stages: 1\n", b"[]\n"])
 def test_a_lock_that_cannot_be_read_is_moved_aside_and_the_stage_is_taken_from_the_cache(
     content: bytes, folder: Path, messages: pytest.LogCaptureFixture
@@ -178,6 +195,7 @@ def test_a_lock_that_cannot_be_read_is_moved_aside_and_the_stage_is_taken_from_t
     assert (folder / "dvc.lock.damaged").read_bytes() == content
 
 
+@pytest.mark.slow
 def test_adding_a_folder_survives_a_damaged_lock_too(folder: Path) -> None:
     dvc.repro("one")
     (folder / "dvc.lock").write_text("stages: {")
@@ -191,6 +209,7 @@ def test_adding_a_folder_survives_a_damaged_lock_too(folder: Path) -> None:
 # Processes ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_whatever_ends_the_wait_the_whole_group_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "stage.sh").write_text("echo $$ > pid; echo started; sleep 100\n")
 
@@ -212,6 +231,7 @@ def test_whatever_ends_the_wait_the_whole_group_ends(folder: Path, monkeypatch: 
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_stage_knows_the_flow_that_started_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "stage.sh").write_text("echo owner $TPAW_OWNER; which tpaw; touch out\n")
     lines = dvc.run("dvc", "repro", "one")

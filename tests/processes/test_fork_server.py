@@ -57,6 +57,7 @@ def test_what_is_imported_beforehand_exists(name: str) -> None:
     assert importlib.util.find_spec(name) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["status"], ["no-such-command"], ["train", "-t", "1"], ["--help"]])
 def test_output_and_status_are_those_of_the_command_by_itself(
     arguments: list[str], server: subprocess.Popen[bytes], tmp_path: Path
@@ -66,6 +67,7 @@ def test_output_and_status_are_those_of_the_command_by_itself(
     assert expected[1] or expected[2]
 
 
+@pytest.mark.slow
 def test_dvc_runs_there_too_and_its_commands_after_it(server: subprocess.Popen[bytes], tmp_path: Path) -> None:
     (tmp_path / "dvc.yaml").write_text("stages: {a: {cmd: 'tpaw status > out', outs: [out]}}")
     assert _run(*DVC, "init", "--no-scm", "-q", folder=tmp_path)[0] == 0
@@ -80,6 +82,7 @@ def test_dvc_runs_there_too_and_its_commands_after_it(server: subprocess.Popen[b
     assert "exited with 1" in errors
 
 
+@pytest.mark.slow
 def test_a_command_ends_with_who_asked_for_it(server: subprocess.Popen[bytes], tmp_path: Path, root: Path) -> None:
     (tmp_path / ".tpaw").mkdir()
     (tmp_path / "params.yaml").write_bytes((root / "params.yaml").read_bytes())
@@ -94,6 +97,7 @@ def test_a_command_ends_with_who_asked_for_it(server: subprocess.Popen[bytes], t
             _until(lambda: not _jobs(server))
 
 
+@pytest.mark.slow
 def test_a_command_that_is_killed_ends_as_a_shell_says_it(
     server: subprocess.Popen[bytes], tmp_path: Path, root: Path
 ) -> None:
@@ -109,6 +113,7 @@ def test_a_command_that_is_killed_ends_as_a_shell_says_it(
         assert asking.wait() == 137
 
 
+@pytest.mark.slow
 def test_where_nobody_listens_a_command_runs_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(fork_server.ADDRESS, str(tmp_path / "nobody"))
     assert fork_server.ask("tpaw", ["status"]) is None
@@ -116,6 +121,7 @@ def test_where_nobody_listens_a_command_runs_by_itself(tmp_path: Path, monkeypat
     assert _run(*DVC, "version", folder=tmp_path)[0] == 0
 
 
+@pytest.mark.slow
 def test_it_ends_when_whoever_started_it_is_gone(tmp_path: Path) -> None:
     code = (
         "import subprocess, sys; "

@@ -91,5 +91,5 @@ def test_a_worker_that_outlived_its_server_keeps_the_servers_port(
     server = {"pid": os.getpid(), "create_time": 0.0, "port": 4998, "url": "http://127.0.0.1:4998"}
     project.state.mkdir()
     records(project).write_text(json.dumps({"prefect": server, "worker": worker}))
-    with pytest.raises(TpawError, match="prefect: the running worker expects it at port 4998"):
+    with pytest.raises(TpawError, match="prefect: the running worker expects it on port 4998"):
         services.up(project)

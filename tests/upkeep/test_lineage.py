@@ -57,9 +57,7 @@ def test_a_manifest_of_an_earlier_version_has_no_code_to_differ(workspace: Works
 
 def test_another_parent_ends_it(workspace: Workspace) -> None:
     change(workspace, 1, parent="0" * 64)
-    with pytest.raises(
-        TpawError, match=r"checkpoints/0: is not what checkpoints/1 was trained from .*, not 0{12}\)"
-    ):
+    with pytest.raises(TpawError, match=r"checkpoints/0: is not what checkpoints/1 was trained from .*, not 0{12}\)"):
         lineage.text(workspace, 1)
 
 
