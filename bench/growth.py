@@ -38,6 +38,7 @@ def rows(arguments: argparse.Namespace) -> dict[str, float]:
     from tpaw_core.data.endings import Response
     from tpaw_core.engine import scoring, scratch
     from tpaw_core.stages.context import Context
+    from tpaw_core.stages.encode import encode
     from tpaw_core.stages.weights import weights
     from tpaw_core.workspace import files
     from tpaw_core.workspace.paths import Workspace
@@ -50,17 +51,6 @@ def rows(arguments: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         workspace = Workspace(Path(folder))
         context = Context(workspace, params)
-        texts = ["".join(map(chr, range(32, 127)))]
-        assert params.model.scratch is not None
-        tokenizer = scratch.tokenizer(texts, params.model.scratch, 1000)
-        model = scratch.model(params.model.scratch, tokenizer, max_length=160, seed=0)
-        for number in range(MEMBERS):
-            at = workspace.checkpoint(number)
-            at.mkdir(parents=True)
-            model.save_pretrained(at)
-            tokenizer.save_pretrained(at)
-            (at / "number").write_text(str(number))
-            checkpoint.seal(at, number, checkpoint.Origin())
         scoring.batches = (
             lambda model, pairs, **_: (  # type: ignore[assignment]
                 (range(i, min(i + 256, len(pairs))), [-0.5 * len(r) for _, r in pairs[i : i + 256]])
@@ -74,8 +64,20 @@ def rows(arguments: argparse.Namespace) -> dict[str, float]:
         seconds["data"] = time.perf_counter() - started
 
         started = time.perf_counter()
-        encoded = context.encoded(tokenizer)
+        encode(context)
+        encoded = context.encoded()
         seconds["encode"] = time.perf_counter() - started
+
+        assert params.model.scratch is not None
+        tokenizer = checkpoint.load_tokenizer(workspace.tokenizer)
+        model = scratch.model(params.model.scratch, tokenizer, max_length=160, seed=0)
+        for number in range(MEMBERS):
+            at = workspace.checkpoint(number)
+            at.mkdir(parents=True)
+            model.save_pretrained(at)
+            tokenizer.save_pretrained(at)
+            (at / "number").write_text(str(number))
+            checkpoint.seal(at, number, checkpoint.Origin())
 
         draw = random.Random(0)
         started = time.perf_counter()
@@ -86,7 +88,8 @@ def rows(arguments: argparse.Namespace) -> dict[str, float]:
             answers = [
                 Response([draw.randrange(3, 300) for _ in range(draw.randint(10, 30))], "stop") for _ in encoded.prompts
             ]
-            write_synthetic(path, number + 1, "0" * 64, context.playing(), encoded, answers, tokenizer)
+            rows, digest = context.playing(), context.encoded_digest
+            write_synthetic(path, number + 1, "0" * 64, rows, encoded, answers, tokenizer, digest)
             members.append(
                 Member(
                     iteration=number,

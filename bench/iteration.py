@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -40,15 +39,14 @@ def start(arguments: argparse.Namespace) -> Start:
     import pyarrow.parquet as pq
 
     from tpaw_core.artifacts import checkpoint
-    from tpaw_core.data import encoding
-    from tpaw_core.data.rows import read_rows
+    from tpaw_core.artifacts.encoded import read_encoded
+    from tpaw_core.workspace.paths import Workspace
 
     folder = Path(arguments.workspace)
     if not (folder / "checkpoints" / "2").exists():
         raise SystemExit(f"{folder}: no finished demo here; run `make demo` first, or give --workspace")
     tokenizer = checkpoint.load_tokenizer(folder / "checkpoints" / "2")
-    rows = islice(read_rows(folder / "data" / "train.jsonl"), arguments.prompts)
-    encoded = encoding.encode(rows, tokenizer, max_length=160, max_skipped=0, name="rows")
+    encoded = read_encoded(Workspace(folder), "train", arguments.prompts)
     older = []
     for opponent in (1, 0):
         table = pq.read_table(folder / "synthetic" / f"{opponent + 1}.parquet").to_pydict()
@@ -70,6 +68,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
 
     tokenizer, prompts, targets, older, players = start(arguments)
     bf16, pad_id = arguments.dtype == "bf16", tokenizer.pad_token_id
+    ending = Ending(tokenizer.eos_token_id, (tokenizer.eos_token_id,))
     settings: Any = SimpleNamespace(
         learning_rate=3e-4, num_train_epochs=1, per_device_train_batch_size=BATCH, gradient_accumulation_steps=1,
         max_tokens=4096, optim="adamw_torch", weight_decay=0.0, lr_scheduler_type="linear", warmup_ratio=0.1,
@@ -86,7 +85,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
             store.scores(known, lambda some, by=player: scoring.batches(by, some, pad_id=pad_id, bf16=bf16))
         team = stores()
         started = time.perf_counter()
-        limits: Any = {"max_length": 160, "ending": Ending.of(tokenizer), "pad_id": pad_id, "seed": 1}
+        limits: Any = {"max_length": 160, "ending": ending, "pad_id": pad_id, "seed": 1}
         answers = [response.ids for response in in_process.generate(players[0], prompts, sampling, **limits)]
         pairs = known[: len(prompts)] + list(zip(prompts, answers, strict=True)) + known[len(prompts) :]
         named = keys(pairs)

@@ -34,7 +34,8 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, help="write every outcome to this file")
     arguments = parser.parse_args()
     if arguments.without_digests:
-        os.environ["PYTHONPATH"] = str(ROOT / "chaos" / "without_digests")
+        paths = [str(ROOT / "chaos" / "without_digests"), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     draw = random.Random(arguments.seed)
     kinds: list[str] = []
     while len(kinds) < arguments.faults:

@@ -28,6 +28,7 @@ PATIENCE = 300  # seconds that a command may take before it counts as hung
 MOMENTS = 2.0  # a fault strikes within this many seconds of the start of its stage
 TRIES = 10  # attempts to find something to strike
 ORDER = (
+    "encode",
     "sft",
     "evaluate-sft",
     *(f"{name}@{t}" for t in (1, 2) for name in ("generate", "team", "weights", "train", "evaluate")),

@@ -158,6 +158,7 @@ def _writable(path: Path) -> Iterator[None]:
 
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
 CHECKPOINTS, DATA_SETS, SCORES = "checkpoints/*/model.safetensors", "synthetic/*.parquet", ".tpaw/scores/*/*/*/*.npy"
+ENCODED = "encoded/train.parquet"
 KINDS = {
     "kill -9, the stage": Kind("repro", stage(KILL)),
     "SIGTERM, the stage": Kind("repro", stage(TERM)),
@@ -177,6 +178,8 @@ KINDS = {
     "flipped bit, checkpoint": Kind("repro", damage=flip, pattern=CHECKPOINTS),
     "truncated, checkpoint": Kind("repro", damage=truncate, pattern=CHECKPOINTS),
     "removed, a checkpoint's file": Kind("repro", damage=remove, pattern="checkpoints/*/*.json"),
+    "flipped bit, encoded rows": Kind("repro", damage=flip, pattern=ENCODED),
+    "truncated, encoded rows": Kind("repro", damage=truncate, pattern=ENCODED),
     "flipped bit, synthetic data": Kind("repro", damage=flip, pattern=DATA_SETS),
     "truncated, synthetic data": Kind("repro", damage=truncate, pattern=DATA_SETS),
     "flipped bit, team": Kind("repro", damage=flip, pattern="teams/*.json"),

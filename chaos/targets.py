@@ -10,10 +10,12 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from tpaw_core.artifacts import checkpoint, score_store
+from tpaw_core.artifacts.encoded import ROWS, read_encoded
 from tpaw_core.artifacts.synthetic import read_responses
 from tpaw_core.artifacts.team import read_team
 from tpaw_core.artifacts.weights import read_weights
@@ -98,6 +100,19 @@ def weights(folder: Path, content: bytes) -> None:
     assert found.beta.shape == found.players_chosen.shape == (len(found.prompt_ids), 2)
 
 
+def encoded(folder: Path, content: bytes) -> None:
+    """A Parquet file of encoded rows: every row has a name, a place after the one before, and token ids."""
+    path = Workspace(folder).encoded("train")
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    found = read_encoded(Workspace(folder), "train")
+    assert len(found.row_ids) == len(found.places) == len(found.prompts) == len(found.chosen)
+    assert all(isinstance(row_id, str) for row_id in found.row_ids)
+    assert all(earlier < later for earlier, later in pairwise([-1, *found.places]))
+    assert all(min(ids, default=0) >= 0 for ids in [*found.prompts, *found.chosen])
+    assert read_encoded(Workspace(folder), "train", 1).places == [place for place in found.places if place < 1]
+
+
 @cache
 def _tokenizer() -> Any:
     return scratch.tokenizer(PAIRS, Scratch(vocab_size=300), 128)
@@ -112,7 +127,8 @@ def text(folder: Path, content: bytes) -> None:
     (folder / "heldout.jsonl").write_text('{"prompt": "held out", "completion": "yes"}\n')
     prepare.prepare(workspace, Data(path="text.jsonl", heldout_path="heldout.jsonl", max_skipped=0.0), seed=0)
     (row,) = read_rows(workspace.train_rows)
-    found = encoding.encode([row], tokenizer, max_length=100_000, max_skipped=0.0, name="text")
+    ending = encoding.find_ending(tokenizer, [row], {}, [])
+    found = encoding.encode([row], tokenizer, ending, max_length=100_000, max_skipped=0.0, name="text", options={})
     *ids, eos = found.chosen[0]
     assert eos == tokenizer.eos_token_id
     assert tokenizer.decode(ids) == row.completion
@@ -140,6 +156,7 @@ TARGETS: dict[str, tuple[Callable[..., None], list[bytes]]] = {
     "scores": (scores, []),
     "answers": (answers, []),
     "weights": (weights, []),
+    "encoded": (encoded, []),
     "text": (text, ["Größe «∑» 🦉 \u202eabc\x00<eos><pad>".encode(), "\ud800".encode(errors="surrogatepass")]),
 }
 
@@ -160,6 +177,10 @@ def seeds(target: str) -> list[bytes]:
         players = pa.array([[-1.0, -2.0]], pa.list_(pa.float64(), 2))
         numbers = dict.fromkeys(("players_chosen", "players_rejected", "beta"), players)
         pq.write_table(pa.table({"prompt_id": ["0" * 16], "opponent": ["1" * 64], **numbers}), sink)
+    elif target == "encoded":
+        ids = pa.array([[1, 2], [3]], pa.list_(pa.int32()))
+        columns = {"prompt_id": ["0" * 16, "1" * 16], "place": [0, 2], "prompt_ids": ids, "target_ids": ids}
+        pq.write_table(pa.table(columns).replace_schema_metadata({ROWS: ""}), sink)
     elif target == "scores":
         np.save(sink, np.zeros(2, score_store.ENTRY))
     return [*TARGETS[target][1], *([sink.getvalue().to_pybytes()] if sink.tell() else [])]

@@ -43,9 +43,19 @@ def configure(recipe: str | None, overrides: list[str], iterations: int | None) 
 
 
 @task(**RETRY)
+def check() -> None:
+    dvc.run("tpaw", "check")
+
+
+@task(**RETRY)
 def data() -> None:
     dvc.run("tpaw", "data")
     dvc.add(WORKSPACE.data)
+
+
+@task(**RETRY)
+def encode() -> bool:
+    return dvc.repro("encode")
 
 
 @task(**RETRY)
@@ -143,7 +153,7 @@ def iterate(params: Params, iterations: int | None, prune_after: bool, rerun: se
     """All stages in their order; those of the checkpoints in ``rerun`` run in any case."""
     last = len(params.iterations) if iterations is None else iterations
     seconds: dict[str, float] = {}
-    done, total = 0, 4 + 5 * last
+    done, total = 0, 6 + 5 * last
     progress = create_progress_artifact(0.0, key="tpaw-progress", description="Share of the stages that are done")
     assert isinstance(progress, UUID)
 
@@ -156,7 +166,9 @@ def iterate(params: Params, iterations: int | None, prune_after: bool, rerun: se
         update_progress_artifact(progress, 100 * done / total)
 
     with dvc.preloaded():
+        step(check)
         step(data)
+        step(encode)
         step(sft, 0 in rerun)
         step(evaluate, 0, 0 in rerun)
         for iteration in range(1, last + 1):

@@ -21,11 +21,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two xdist workers share two cores
 import pytest
 from filelock import FileLock
 
+from tests.support.rows import encode_rows
 from tests.support.workspace import COMMANDS, Project
 from tpaw_core.artifacts import checkpoint
 from tpaw_core.config import params_file
 from tpaw_core.config.params import Params, Scratch
-from tpaw_core.data import arithmetic, encoding
+from tpaw_core.data import arithmetic
 from tpaw_core.data.rows import Row
 from tpaw_core.processes import fork_server
 from tpaw_core.workspace.paths import Workspace
@@ -100,7 +101,7 @@ class Encoded(NamedTuple):
 
 @pytest.fixture(scope="session")
 def encoded(rows: list[Row], tokenizer: Any) -> list[Encoded]:
-    made = encoding.encode(rows, tokenizer, max_length=MAX_LENGTH, max_skipped=0.0, name="rows")
+    made = encode_rows(rows, tokenizer, max_length=MAX_LENGTH)
     return [Encoded(list(p), list(c)) for p, c in zip(made.prompts, made.chosen, strict=True)]
 
 

@@ -60,7 +60,7 @@ def params(workspace: Workspace, *overrides: str) -> None:
 def test_help_names_every_stage(tpaw: Tpaw) -> None:
     done = tpaw("--help")
     assert (done.returncode, done.stderr) == (0, "")
-    stages = ["data", "sft", "generate", "team", "weights", "train", "evaluate", "report"]
+    stages = ["check", "data", "encode", "sft", "generate", "team", "weights", "train", "evaluate", "report"]
     for command in [*stages, "use", "register", "up", "down", "status"]:
         assert command in done.stdout
 
@@ -76,7 +76,8 @@ def test_help_names_every_stage(tpaw: Tpaw) -> None:
             ["team", "--iteration", "3"],
             "checkpoints/2: does not exist, and iteration 3 starts from it; make it with `tpaw train",
         ),
-        (["evaluate", "-t", "0"], "checkpoints/0/manifest.json: does not exist; make checkpoint 0 first"),
+        (["encode"], "data/train.jsonl: does not exist; make it with `tpaw data`"),
+        (["evaluate", "-t", "0"], "encoded/tokenizer/ending.json: does not exist; make it again with `tpaw encode`"),
         (["generate", "-t", "9"], "--iteration 9: params.yaml has 4 iterations; add it there"),
         (["use", "dmo"], "recipe 'dmo': no such recipe (did you mean 'demo'?)"),
         (["use", "demo", "objective.etaa=3"], "unknown key 'objective.etaa' (did you mean 'eta'?)"),

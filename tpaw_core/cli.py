@@ -112,6 +112,18 @@ def data() -> None:
 
 
 @app.command()
+def check() -> None:
+    """Find in seconds whatever a run would refuse, and list all of it."""
+    _run("check")
+
+
+@app.command()
+def encode() -> None:
+    """Render and tokenise the rows, once for all stages."""
+    _run("encode")
+
+
+@app.command()
 def sft() -> None:
     """Make checkpoint 0."""
     _run("sft")

@@ -21,15 +21,18 @@ import pandas as pd
 from latent_skill import without_carry
 
 from tpaw_core.artifacts import checkpoint
+from tpaw_core.artifacts.encoded import read_encoded, read_encoding
 from tpaw_core.config.params import Generation, Params
 from tpaw_core.data import arithmetic, encoding
-from tpaw_core.data.endings import Ending, Response
-from tpaw_core.data.rows import Row, read_rows
+from tpaw_core.data.endings import Response
+from tpaw_core.data.rows import read_rows
+from tpaw_core.data.tokens import Ids
 from tpaw_core.engine import scoring
 from tpaw_core.engine.generation import in_process
 from tpaw_core.evaluation.answers import answer
 from tpaw_core.study import results
 from tpaw_core.study.plan import PLAN_FILE, Plan
+from tpaw_core.workspace.paths import Workspace
 
 ROWS, PATTERN = 500, r"#### (-?\d+)"
 Problem = tuple[str, str]  # its text and the answer
@@ -76,39 +79,44 @@ def carries(count: int) -> list[tuple[str, str, str]]:
     return found
 
 
-def diagnose(folder: Path, params: Params, rows: Sequence[Row]) -> dict[str, float]:
+def diagnose(workspace: Workspace, iteration: int, params: Params) -> dict[str, float]:
     """The figures of one checkpoint."""
+    folder, (ending, pad_id) = workspace.checkpoint(iteration), read_encoding(workspace)
     model, tokenizer = checkpoint.load_model(folder), checkpoint.load_tokenizer(folder)
-    options: dict[str, Any] = {"ending": Ending.of(tokenizer), "pad_id": tokenizer.pad_token_id, "seed": 0}
+    options: dict[str, Any] = {"ending": ending, "pad_id": pad_id, "seed": 0}
     settings = Generation(max_new_tokens=params.generation.max_new_tokens, batch_size=500)
 
-    def answers(texts: Sequence[str], temperature: float) -> tuple[list[Any], list[Response], list[str]]:
-        prompts = encoding.encode_prompts([[{"role": "user", "content": text}] for text in texts], tokenizer)
+    def prompts_of(texts: Sequence[str]) -> list[Ids]:
+        chats = ([{"role": "user", "content": text}] for text in texts)
+        kwargs = params.model.chat_template_kwargs
+        shown = [encoding.render(tokenizer, chat, kwargs, add_generation_prompt=True) for chat in chats]
+        return list(tokenizer(shown, add_special_tokens=False)["input_ids"])
+
+    def answers(prompts: Sequence[Ids], temperature: float) -> tuple[list[Response], list[str]]:
         own = settings.model_copy(update={"temperature": temperature})
         found = in_process.generate(model, prompts, own, max_length=params.model.max_length, **options)
         said = tokenizer.batch_decode([list(r.ids) for r in found], skip_special_tokens=True)
-        return prompts, found, [answer(text, PATTERN) or "" for text in said]
+        return found, [answer(text, PATTERN) or "" for text in said]
 
     def right(problems: Sequence[Problem]) -> float:
-        _, _, said = answers([text for text, _ in problems], 0.0)
+        _, said = answers(prompts_of([text for text, _ in problems]), 0.0)
         return sum(a == b for a, (_, b) in zip(said, problems, strict=True)) / len(problems)
 
-    texts = [row.prompt[-1]["content"] for row in rows]
-    truth = [answer(row.completion, PATTERN) for row in rows]
-    prompts, sampled, said = answers(texts, 1.0)
-    logps = scoring.score(model, [(p, r.ids) for p, r in zip(prompts, sampled, strict=True)], pad_id=options["pad_id"])
-    encoded = encoding.encode(rows, tokenizer, max_length=params.model.max_length, max_skipped=0.0, name="held-out")
-    targets = list(zip(encoded.prompts, encoded.chosen, strict=True))
-    prompts, greedy, best = answers(texts, 0.0)
-    sure = scoring.score(model, [(p, r.ids) for p, r in zip(prompts, greedy, strict=True)], pad_id=options["pad_id"])
+    encoded = read_encoded(workspace, "heldout", ROWS)
+    rows, prompts = list(read_rows(workspace.heldout_rows)), encoded.prompts
+    truth = [answer(rows[place].completion, PATTERN) for place in encoded.places]
+    sampled, said = answers(prompts, 1.0)
+    logps = scoring.score(model, [(p, r.ids) for p, r in zip(prompts, sampled, strict=True)], pad_id=pad_id)
+    targets = list(zip(prompts, encoded.chosen, strict=True))
+    greedy, best = answers(prompts, 0.0)
+    sure = scoring.score(model, [(p, r.ids) for p, r in zip(prompts, greedy, strict=True)], pad_id=pad_id)
     correct = [a == b for a, b in zip(best, truth, strict=True)]
-    _, _, carried = answers([text for text, _, _ in carries(ROWS)], 0.0)
+    _, carried = answers(prompts_of([text for text, _, _ in carries(ROWS)]), 0.0)
     return {
         "greedy": sum(correct) / len(correct),
         "sampled": sum(a == b for a, b in zip(said, truth, strict=True)) / len(truth),
         "entropy": -math.fsum(logps) / sum(len(r.ids) for r in sampled),
-        "heldout_logp": math.fsum(scoring.score(model, targets, pad_id=options["pad_id"]))
-        / sum(len(ids) for _, ids in targets),
+        "heldout_logp": math.fsum(scoring.score(model, targets, pad_id=pad_id)) / sum(len(ids) for _, ids in targets),
         "calibration": calibration([math.exp(logp) for logp in sure], correct),
         "wider": right(wider(ROWS)),
         "phrased": right(phrased(ROWS)),
@@ -140,11 +148,10 @@ def main() -> None:
         for number, method in enumerate(plan.methods):
             cell = plan.cell(method, arguments.rate or best[method], seed)
             workspace = cell.workspace(arguments.study)
-            rows = [row for _, row in zip(range(ROWS), read_rows(workspace.heldout_rows), strict=False)]
             if number == 0:  # all methods start from one checkpoint
-                figures = diagnose(workspace.checkpoint(0), cell.params, rows)
+                figures = diagnose(workspace, 0, cell.params)
                 found.append({"method": "SFT, the start", "seed": seed, "iteration": 0, **figures})
-            figures = diagnose(workspace.checkpoint(plan.iterations), cell.params, rows)
+            figures = diagnose(workspace, plan.iterations, cell.params)
             found.append({"method": method, "seed": seed, "iteration": plan.iterations, **figures})
     table = pd.DataFrame(found)
     table.to_csv(arguments.study / f"{arguments.name}.csv", index=False, float_format="%.5g")

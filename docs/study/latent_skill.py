@@ -20,6 +20,7 @@ from tpaw_core.config import params_file
 from tpaw_core.data import arithmetic
 from tpaw_core.stages.context import Context
 from tpaw_core.stages.data import data
+from tpaw_core.stages.encode import encode
 from tpaw_core.stages.evaluate import evaluate
 from tpaw_core.stages.sft import sft
 from tpaw_core.workspace.paths import Workspace
@@ -89,6 +90,7 @@ def main() -> None:
     (folder / "base").mkdir(exist_ok=True)
     context = Context(Workspace(folder / "base"), params)
     data(context)
+    encode(context)
     sft(context)
     evaluate(context, 0)
 

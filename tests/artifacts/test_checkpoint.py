@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.rows import eos_ending
 from tpaw_core.artifacts import checkpoint, code
+from tpaw_core.config.params import Generation
+from tpaw_core.engine.generation import in_process
 from tpaw_core.errors import TpawError
 from tpaw_core.workspace import files
 from tpaw_core.workspace.paths import Workspace
 
 Break = Callable[[Path], Any]
+STOPS = (5, 1)  # 1: EOS, which the model names too
 
 
 @pytest.fixture
@@ -50,7 +54,10 @@ def flip_a_byte(path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors: is missing; restore it"),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            r"model\.safetensors: is missing; move .* away, then restore",
+        ),
         (
             lambda folder: flip_a_byte(folder / "model.safetensors"),
             r"model\.safetensors: has changed since it was made",
@@ -175,7 +182,7 @@ def test_a_checkpoint_is_written_in_the_dtype_that_was_asked_for(
     origin = checkpoint.Origin("a" * 64, ["b" * 64], {"data/train.jsonl": "c" * 64}, {"seed": 1})
     workspace.pruned(2).parent.mkdir(parents=True)
     workspace.pruned(2).write_text("of the checkpoint that was here before")
-    checkpoint.write(workspace, 2, make_model(0), tokenizer, origin, dtype=dtype)
+    checkpoint.write(workspace, 2, make_model(0), tokenizer, origin, dtype=dtype, stop_ids=STOPS)
     found = checkpoint.verify(workspace, 2)
     assert checkpoint.Origin(found.parent, found.team, found.made_from, found.params) == origin
     assert found.code == code.digests()
@@ -220,4 +227,63 @@ def test_generation_settings_that_came_with_a_model_are_not_loaded(folder: Path)
     loaded = checkpoint.load_model(folder)
     assert loaded.generation_config.repetition_penalty in (None, 1.0)
     assert loaded.generation_config.top_k in (None, 50)
-    assert loaded.generation_config.eos_token_id == loaded.config.eos_token_id
+    assert loaded.generation_config.eos_token_id == [loaded.config.eos_token_id]
+
+
+SHIPPED = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1}
+
+
+@pytest.fixture
+def base(model: Any, tokenizer: Any, workspace: Workspace) -> Path:
+    """A released model: settings to chat with it, two stop tokens."""
+    folder = workspace.root / "base"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({**SHIPPED, "eos_token_id": [7, 8]}))
+    return folder
+
+
+def stored(workspace: Workspace, iteration: int) -> dict[str, Any]:
+    return json.loads((workspace.checkpoint(iteration) / "generation_config.json").read_text())
+
+
+def test_a_checkpoint_keeps_the_settings_that_its_base_shipped_and_names_every_stop_token(
+    base: Path, tokenizer: Any, workspace: Workspace
+) -> None:
+    """What serves the checkpoint reads them; each checkpoint hands them on to the next."""
+    source = base
+    for iteration in (0, 1):
+        loaded = checkpoint.load_model(source, device="cpu")
+        origin = checkpoint.Origin()
+        checkpoint.write(workspace, iteration, loaded, tokenizer, origin, dtype="float32", stop_ids=STOPS)
+        found = stored(workspace, iteration)
+        assert {name: found[name] for name in SHIPPED} == SHIPPED
+        assert found["eos_token_id"] == [loaded.config.eos_token_id, 7, 8, 5]
+        source = workspace.checkpoint(iteration)
+    assert stored(workspace, 0) == stored(workspace, 1)
+    assert checkpoint.verify(workspace, 1).files.keys() >= {"generation_config.json"}
+
+
+def test_what_a_base_ships_does_not_bend_the_distribution_that_is_sampled(
+    base: Path, model: Any, tokenizer: Any
+) -> None:
+    loaded = checkpoint.load_model(base, device="cpu")
+    own = loaded.generation_config
+    assert own.do_sample in (None, False)
+    assert own.temperature in (None, 1.0)
+    assert own.top_p in (None, 1.0)
+    assert own.top_k in (None, 50)
+    assert own.repetition_penalty in (None, 1.0)
+    prompts, settings = [[5, 6, 7], [8, 9]], Generation(temperature=1.0, max_new_tokens=12)
+
+    def answers(of: Any) -> Any:
+        ending, pad = eos_ending(tokenizer), tokenizer.pad_token_id
+        return in_process.generate(of, prompts, settings, max_length=64, ending=ending, pad_id=pad, seed=1)
+
+    assert answers(loaded) == answers(model)
+
+
+def test_a_new_model_s_checkpoint_names_its_stop_tokens(model: Any, tokenizer: Any, workspace: Workspace) -> None:
+    eos = tokenizer.eos_token_id
+    checkpoint.write(workspace, 0, model, tokenizer, checkpoint.Origin(), dtype="float32", stop_ids=(eos,))
+    assert stored(workspace, 0)["eos_token_id"] == eos

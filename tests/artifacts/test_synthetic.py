@@ -8,14 +8,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.support.rows import encode_rows, eos_ending
 from tpaw_core.artifacts.synthetic import equal_share, read_responses, write_synthetic
-from tpaw_core.data import encoding
-from tpaw_core.data.endings import Ending, Response
+from tpaw_core.data.endings import Response
 from tpaw_core.data.rows import Row
 from tpaw_core.errors import TpawError
 from tpaw_core.workspace import files
 
 NAMES = ["0" * 16, "1" * 16]
+DIGEST = "d" * 64  # of the encoded rows
 
 
 def table(ids: Any, kind: pa.DataType | None = None, names: list[str] = NAMES) -> pa.Table:
@@ -31,13 +32,15 @@ def path(tmp_path: Path) -> Path:
 
 def test_answers_come_back_as_they_were_generated(rows: list[Row], tokenizer: Any, tmp_path: Path) -> None:
     """Also their texts, for people; a prompt that leaves no room has no answer and no row."""
-    encoded = encoding.encode(rows[:5], tokenizer, max_length=128, max_skipped=0.0, name="rows")
+    encoded = encode_rows(rows[:5], tokenizer)
     kept = encoded._replace(row_ids=encoded.row_ids[1:])
     texts = ["7", rows[2].completion, "3 + 4 = 7\n#### 7", ""]
-    closed = encoding.encode_completions(texts, tokenizer)
-    responses = [Ending.of(tokenizer).cut(ids, 100) for ids in closed[:-1]] + [Response(array("i"), "length")]
-    write_synthetic(tmp_path / "2.parquet", 2, "a" * 64, rows[:5], kept, responses, tokenizer)
-    assert list(read_responses(tmp_path / "2.parquet", kept.row_ids)) == [response.ids for response in responses]
+    ending = eos_ending(tokenizer)
+    closed = [ending.close(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    responses = [ending.cut(ids, 100) for ids in closed[:-1]] + [Response(array("i"), "length")]
+    write_synthetic(tmp_path / "2.parquet", 2, "a" * 64, rows[:5], kept, responses, tokenizer, DIGEST)
+    found = read_responses(tmp_path / "2.parquet", kept.row_ids, digest=DIGEST)
+    assert list(found) == [response.ids for response in responses]
     written = pq.read_table(tmp_path / "2.parquet").to_pylist()
     assert [row["prompt_id"] for row in written] == kept.row_ids
     assert [row["rejected"] for row in written] == texts
@@ -62,8 +65,23 @@ def test_missing_rows_are_counted_and_named(path: Path) -> None:
 
 def test_another_file_than_the_teams_is_refused(path: Path) -> None:
     assert len(read_responses(path, NAMES, files.sha256(path))) == 2
-    with pytest.raises(TpawError, match=rf"{path}: has changed since the team was made; restore it with `dvc"):
+    with pytest.raises(
+        TpawError, match=rf"{path}: has changed since the team was made; move it away, then restore it with `dvc"
+    ):
         read_responses(path, NAMES, "0" * 64)
+
+
+def test_answers_to_other_encoded_rows_are_refused(path: Path) -> None:
+    pq.write_table(table([[5, 6, 7], []]).replace_schema_metadata({"encoded": DIGEST}), path)
+    assert len(read_responses(path, NAMES, digest=DIGEST)) == 2
+    again = "make it again with `tpaw generate --iteration 1`"
+    with pytest.raises(TpawError, match=rf"{path}: was made from other rows than encoded/train\.parquet; {again}"):
+        read_responses(path, NAMES, digest="e" * 64)
+
+
+def test_a_file_from_before_rows_were_encoded_once_is_refused(path: Path) -> None:
+    with pytest.raises(TpawError, match="was made from other rows"):
+        read_responses(path, NAMES, digest=DIGEST)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ WORKSPACE = Workspace(ROOT)
         ("seed.very.deep=3", "override 'seed.very.deep=3': 'very' is nested under a plain value, not a section"),
         ("objective.eta=[1", "override 'objective.eta=[1': not valid YAML"),
         # YAML that is not JSON
-        ("recipe=2026-05-09", "recipe"),
+        ("seed=2026-05-09", "contains a value of a type that no parameter accepts (Object of type date"),
         ("seed=[]:", "contains a value of a type that no parameter accepts"),
         ("iterations=['1', '2']", "iterations: Input should be a valid dictionary"),
         ("iterations.1=[1]", "iterations.1: Input should be a valid dictionary"),

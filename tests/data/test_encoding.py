@@ -1,15 +1,220 @@
+"""A conversation becomes a prompt and a target: where the prompt ends, where the target ends, and what is refused."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from lm_eval.models.huggingface import HFLM
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from tpaw_core.data import encoding
-from tpaw_core.data.encoding import encode, encode_completions, encode_prompts, render
-from tpaw_core.data.rows import Row
+from tpaw_core.data.encoding import EncodedRows
+from tpaw_core.data.endings import Ending
+from tpaw_core.data.rows import Row, Unusable
 from tpaw_core.errors import TpawError
+
+TEXTS = ["How many wheels have 3 carts? 3 times 2 is 6. system user assistant tool think count(a)"]
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ALTERNATING = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    "{% for m in messages %}{{ '<turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+    "{{ m['content'] | trim }}{{ '<end_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}"
+)
+# Writes a block of reasoning before every answer, and with enable_thinking=false already when it prompts.
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{{ '<think>\n' + (m['reasoning_content'] or '') + '\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% endif %}"
+)
+# Prompts with an opened block of reasoning that a conversation does not have.
+OPENED = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
+NO_END = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+TOOLS = (
+    "{% if tools %}{{ 'tools: ' }}{% for t in tools %}{{ t['function']['name'] + ' ' }}{% endfor %}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] + c['function']['arguments'] | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKS = ("<|im_start|>", "<|im_end|>", "<turn>", "<end_turn>")
+
+
+def make(template: str, *, eos: str | None = "<eos>", meta: bool = False) -> Any:
+    """A tokenizer; ``meta``: one that writes a symbol before the first word of every text, as SentencePiece does."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True) if meta else models.BPE())
+    if meta:
+        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+    else:
+        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        alphabet = []
+    special = ["<unk>", "<pad>", *([eos] if eos else []), *MARKS, *alphabet]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )  # fmt: skip
+    bpe.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, pad_token="<pad>", chat_template=template)
+
+
+def row(completion: str = "3 times 2 is 6.", *messages: dict[str, Any], **more: Any) -> Row:
+    prompt = list(messages) or [{"role": "user", "content": "How many wheels have 3 carts?"}]
+    return Row("0" * 16, prompt, completion, **more)
+
+
+def encode(
+    tokenizer: Any, rows: list[Row], max_length: int = 400, max_skipped: float = 0.0, **options: Any
+) -> tuple[Ending, EncodedRows]:
+    found = encoding.find_ending(tokenizer, rows, options, [])
+    return found, encoding.encode(
+        rows, tokenizer, found, max_length=max_length, max_skipped=max_skipped, name="rows", options=options
+    )
+
+
+def texts(tokenizer: Any, encoded: EncodedRows) -> tuple[str, str]:
+    return tuple(tokenizer.decode(list(ids[0])) for ids in (encoded.prompts, encoded.chosen))  # type: ignore[return-value]
+
+
+def test_a_target_ends_as_the_template_ends_a_turn_and_answers_stop_at_eos_too() -> None:
+    tokenizer = make(ALTERNATING)
+    ending, encoded = encode(tokenizer, [row()])
+    prompt, target = texts(tokenizer, encoded)
+    assert prompt.endswith("<turn>model\n")
+    assert target == "3 times 2 is 6.<end_turn>"
+    assert [tokenizer.convert_ids_to_tokens(i) for i in ending.stop_ids] == ["<end_turn>", "<eos>"]
+    assert ending.cut([*encoded.chosen[0], 9, 9], 100).finish_reason == "stop"
+
+
+def test_the_stop_tokens_of_the_model_s_own_configuration_count() -> None:
+    tokenizer = make(CHATML)
+    found = encoding.find_ending(tokenizer, [row()], {}, [11, 3])
+    assert found.stop_ids == (*tokenizer.convert_tokens_to_ids(["<|im_end|>", "<eos>"]), 11, 3)
+
+
+def test_a_template_that_ends_no_turn_gets_eos() -> None:
+    tokenizer = make(NO_END)
+    ending, encoded = encode(tokenizer, [row("a")])  # "a" is also in "assistant: "
+    assert texts(tokenizer, encoded)[1] == "a<eos>"
+    assert not ending.in_template
+
+
+def test_without_any_end_the_tokenizer_is_refused() -> None:
+    with pytest.raises(TpawError, match="no answer could ever end"):
+        encode(make(NO_END, eos=None), [row()])
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_prompt_and_target_together_are_the_conversation_s_ids(meta: bool) -> None:
+    tokenizer = make(CHATML, meta=meta)
+    _, encoded = encode(tokenizer, [row()])
+    whole = tokenizer.apply_chat_template(row().conversation, tokenize=False)
+    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert [*encoded.prompts[0], *encoded.chosen[0]] == ids[: len(encoded.prompts[0]) + len(encoded.chosen[0])]
+
+
+def test_a_preamble_that_only_conversations_have_belongs_to_the_target() -> None:
+    tokenizer = make(THINKING)
+    _, encoded = encode(tokenizer, [row("6")])
+    prompt, target = texts(tokenizer, encoded)
+    assert prompt.endswith("<|im_start|>assistant\n")
+    assert target == "<think>\n\n</think>\n\n6<|im_end|>"
+
+
+def test_one_that_the_prompt_has_as_well_belongs_to_the_prompt() -> None:
+    tokenizer = make(THINKING)
+    _, encoded = encode(tokenizer, [row("6")], enable_thinking=False)
+    prompt, target = texts(tokenizer, encoded)
+    assert prompt.endswith("<think>\n\n</think>\n\n")
+    assert target == "6<|im_end|>"
+
+
+def test_reasoning_of_the_row_reaches_the_target() -> None:
+    tokenizer = make(THINKING)
+    _, encoded = encode(tokenizer, [row("6", answer={"reasoning_content": "two each"})])
+    assert texts(tokenizer, encoded)[1] == "<think>\ntwo each\n</think>\n\n6<|im_end|>"
+
+
+@pytest.mark.parametrize("answer", ["6", "<b>6", "<think"])
+def test_a_preamble_that_only_the_prompt_has_stays_there(answer: str) -> None:
+    tokenizer = make(OPENED)
+    _, encoded = encode(tokenizer, [row(answer)])
+    prompt, target = texts(tokenizer, encoded)
+    assert prompt.endswith("<|im_start|>assistant\n<think>\n")
+    assert target == f"{answer}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "made", "reason"),
+    [
+        (
+            ALTERNATING,
+            row("6", {"role": "system", "content": "Be short."}),
+            r"the chat template refuses it \(no system",
+        ),
+        (
+            "{% for m in messages %}{% if m['role'] != 'developer' %}{{ m['content'] }}{% endif %}{% endfor %}",
+            row("6", {"role": "developer", "content": "Be short."}, {"role": "user", "content": "3 carts?"}),
+            "does not show its message of the role 'developer'",
+        ),
+        (CHATML, row("6", answer={"reasoning_content": "two each"}), "does not show the reasoning_content"),
+        (
+            CHATML,
+            row("6", tools=[{"type": "function", "function": {"name": "count"}}]),
+            "does not show its tool 'count'",
+        ),
+        (CHATML, row("6<|im_end|>"), "holds the special token '<|im_end|>'"),
+        (
+            OPENED.replace("m['role'] + '\n'", "m['role'] + '\n' + ('<a>' if m['role'] == 'assistant' else '')"),
+            row("6"),
+            "starts an answer with .* when it prompts, and with .* in a conversation",
+        ),
+    ],
+)
+def test_what_a_template_cannot_show_is_refused_by_row(template: str, made: Row, reason: str) -> None:
+    with pytest.raises(TpawError, match=rf"rows: 1 of 1 rows cannot be used; first: row 1: .*{reason}"):
+        encode(make(template), [made])
+
+
+def test_tools_and_their_calls_reach_the_template_as_objects() -> None:
+    call = {"type": "function", "function": {"name": "count", "arguments": '{"a": 3}'}}
+    made = row(
+        "6",
+        {"role": "user", "content": "3 carts?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "6"},
+        tools=[{"type": "function", "function": {"name": "count"}}],
+    )
+    tokenizer = make(TOOLS)
+    prompt, _ = texts(tokenizer, encode(tokenizer, [made])[1])
+    assert prompt.startswith("tools: count ")
+    assert 'count{"a": 3}' in prompt
+
+
+@pytest.mark.parametrize("missing", [None, ""])
+def test_a_tokenizer_without_a_chat_template_is_refused(missing: str | None) -> None:
+    tokenizer = make(CHATML)
+    tokenizer.chat_template = missing
+    with pytest.raises(TpawError, match=r"has no chat template; set one in model\.chat_template"):
+        encoding.turn(tokenizer, row(), {})
+
+
+def test_an_answer_that_the_template_changes_is_not_guessed() -> None:
+    changed = CHATML.replace("m['content']", "(m['content'] | upper if m['role'] == 'assistant' else m['content'])")
+    with pytest.raises(Unusable, match="its answer is not in the conversation"):
+        encoding.turn(make(changed), row("abc"), {})
+
 
 CONVERSATION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 12 + 7?"}]
 KINDS = ["plain", "chatml", "bos", "bos in template"]
@@ -17,44 +222,33 @@ KINDS = ["plain", "chatml", "bos", "bos in template"]
 
 def test_a_prompt_is_rendered_by_the_chat_template_ready_for_the_answer(variant: Callable[[str], Any]) -> None:
     expected = "<|system|>\nBe brief.\n<|user|>\nWhat is 12 + 7?\n<|assistant|>\n"
-    assert render(CONVERSATION, variant("chatml")) == expected
+    assert encoding.render(variant("chatml"), CONVERSATION, {}, add_generation_prompt=True) == expected
+    assert encoding.turn(variant("chatml"), row("19", *CONVERSATION), {}).prompt == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompt_ids_are_the_rendered_text_once_and_nothing_more(kind: str, variant: Callable[[str], Any]) -> None:
     tokenizer = variant(kind)
-    assert tokenizer.decode(encode_prompts([CONVERSATION], tokenizer)[0]) == render(CONVERSATION, tokenizer)
+    _, encoded = encode(tokenizer, [row("19", *CONVERSATION)])
+    expected = tokenizer.apply_chat_template(CONVERSATION, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(list(encoded.prompts[0])) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_target_ends_in_eos_and_holds_it_once(kind: str, variant: Callable[[str], Any]) -> None:
     tokenizer = variant(kind)
-    ((*ids, last),) = encode_completions(["12+7=19\n#### 19"], tokenizer)
-    assert tokenizer.decode(ids) == "12+7=19\n#### 19"
-    assert last == tokenizer.eos_token_id
+    ending, encoded = encode(tokenizer, [row("12+7=19\n#### 19", *CONVERSATION)])
+    *ids, last = encoded.chosen[0]
+    assert tokenizer.decode(ids).removesuffix("\n") == "12+7=19\n#### 19"
+    assert last == tokenizer.eos_token_id == ending.end_id
     assert tokenizer.eos_token_id not in ids
-
-
-@pytest.mark.parametrize("kind", ["plain", "chatml", "bos in template"])
-def test_training_generation_and_evaluation_see_the_same_ids(
-    kind: str, variant: Callable[[str], Any], model: Any, rows: list[Row]
-) -> None:
-    """What training encodes, and the harness's two ways to tokenise the text of the `heldout` task."""
-    tokenizer = variant(kind)
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=128)
-    trained = encode(rows[:6], tokenizer, max_length=128, max_skipped=0.0, name="rows")
-    for row, ids in zip(rows, map(list, trained.prompts), strict=False):
-        text = render(row.prompt, tokenizer)
-        assert encode_prompts([row.prompt], tokenizer) == [ids]
-        assert list(harness.tok_encode(text)) == ids
-        assert harness.tok_batch_encode([text], left_truncate_len=128 - 16)[0].tolist() == [ids]
 
 
 @pytest.mark.parametrize("over", [0, 1, 5])
 def test_a_target_cut_at_max_length_has_no_eos(over: int, rows: list[Row], tokenizer: Any, encoded: list[Any]) -> None:
     whole = encoded[0]
     max_length = len(whole.prompt_ids) + len(whole.chosen_ids) - over
-    found = encode(rows[:1], tokenizer, max_length=max_length, max_skipped=0.0, name="rows")
+    _, found = encode(tokenizer, rows[:1], max_length)
     assert list(found.prompts[0]) == whole.prompt_ids
     assert list(found.chosen[0]) == whole.chosen_ids[: len(whole.chosen_ids) - over]
     assert (tokenizer.eos_token_id in found.chosen[0]) == (over == 0)
@@ -66,28 +260,14 @@ def test_prompts_without_room_for_an_answer_are_counted_or_refused(
     lengths = [len(e.prompt_ids) for e in encoded]
     limit = max(lengths)  # the longest prompt, alone or not, leaves no room
     too_long = lengths.count(limit)
-    kept = encode(rows, tokenizer, max_length=limit, max_skipped=0.5, name="rows")
+    _, kept = encode(tokenizer, rows, limit, 0.5)
+    assert kept.places == [place for place, length in enumerate(lengths) if length < limit]
     assert kept.row_ids == [row.prompt_id for row, length in zip(rows, lengths, strict=True) if length < limit]
     number = lengths.index(limit) + 1
     reason = f"row {number}: its prompt has {limit} tokens, model.max_length is {limit}"
     assert f"rows: {too_long} of {len(rows)} rows cannot be used; first: {reason}" in caplog.text
     with pytest.raises(TpawError, match=reason):
-        encode(rows, tokenizer, max_length=limit, max_skipped=0.0, name="rows")
-
-
-@pytest.mark.parametrize("missing", [None, ""])
-def test_a_tokenizer_without_a_chat_template_is_refused(missing: str | None, variant: Callable[[str], Any]) -> None:
-    tokenizer = variant("plain")
-    tokenizer.chat_template = missing
-    with pytest.raises(TpawError, match=r"has no chat template; set one in model\.chat_template"):
-        encoding.encode_prompts([CONVERSATION], tokenizer)
-
-
-def test_every_text_round_trips_through_the_scratch_tokenizer(tokenizer: Any) -> None:
-    text = "Größe: 1234567890\t«∑» 🦉\n"
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode(ids) == text
-    assert len(tokenizer("123", add_special_tokens=False)["input_ids"]) == 3
+        encode(tokenizer, rows, limit)
 
 
 @pytest.mark.parametrize("where", ["prompt", "completion"])
@@ -98,9 +278,22 @@ def test_text_that_would_end_its_own_turn_is_left_out_and_named(
     hostile = (
         Row("0", rows[0].prompt, text) if where == "completion" else Row("0", [{"role": "user", "content": text}], "7")
     )
-    kept = encode([rows[0], hostile, rows[1]], tokenizer, max_length=128, max_skipped=0.5, name="rows")
+    _, kept = encode(tokenizer, [rows[0], hostile, rows[1]], 128, 0.5)
     assert kept.row_ids == [rows[0].prompt_id, rows[1].prompt_id]
+    assert kept.places == [0, 2]
     reason = f"row 2: its text holds the special token {tokenizer.eos_token!r}"
     assert f"rows: 1 of 3 rows cannot be used; first: {reason}" in caplog.text
     with pytest.raises(TpawError, match="row 2: its text holds the special token"):
-        encode([rows[0], hostile, rows[1]], tokenizer, max_length=128, max_skipped=0.0, name="rows")
+        encode(tokenizer, [rows[0], hostile, rows[1]], 128)
+
+
+def test_where_no_row_can_be_used_the_first_reason_is_given(rows: list[Row], tokenizer: Any) -> None:
+    with pytest.raises(TpawError, match=r"rows: none of its 3 rows can be used; the first: row 1: its prompt has"):
+        encode(tokenizer, rows[:3], 2, 1.0)
+
+
+def test_every_text_round_trips_through_the_scratch_tokenizer(tokenizer: Any) -> None:
+    text = "Größe: 1234567890\t«∑» 🦉\n"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert len(tokenizer("123", add_special_tokens=False)["input_ids"]) == 3

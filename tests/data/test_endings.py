@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from tpaw_core.data.endings import Ending, fit, limits, saved_stop_ids
-from tpaw_core.errors import TpawError
+from tpaw_core.data.endings import Ending, configured, fit, limits
 
-ENDING = Ending(1)
+ENDING = Ending(1, (1,))
 
 
 @pytest.mark.parametrize(
@@ -41,16 +41,27 @@ def test_an_answer_has_the_room_that_its_prompt_leaves() -> None:
     assert limits([[2], [2] * 6, [2] * 9], max_new_tokens=4, max_length=10) == [4, 4, 1]
 
 
-def test_the_ending_is_the_tokenizers_eos() -> None:
-    assert Ending.of(SimpleNamespace(eos_token_id=7)) == Ending(7)
-    assert Ending(7).stop_ids == (7,)
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [([5, 3, 1, 6], ([5, 3], "stop")), ([5, 1, 3], ([5, 1], "stop")), ([5, 6], ([5, 6], "length"))],
+)
+def test_an_answer_ends_at_whichever_stop_token_comes_first(ids: list[int], expected: tuple[list[int], str]) -> None:
+    response = Ending(1, (1, 3)).cut(ids, 9)
+    assert (list(response.ids), response.finish_reason) == expected
 
 
-def test_a_tokenizer_without_eos_is_refused() -> None:
-    with pytest.raises(TpawError, match="some/model: its tokenizer has no EOS token"):
-        Ending.of(SimpleNamespace(eos_token_id=None, name_or_path="some/model"))
+def test_a_target_that_the_template_has_ended_gets_no_second_end() -> None:
+    ending = Ending(1, (1, 3), in_template=True)
+    assert ending.close([5, 6, 1, 7]) == [5, 6, 1]
+    assert ending.close([5, 3]) == [5, 3]
+    assert ending.close([5, 6]) == [5, 6, 1]
 
 
-@pytest.mark.parametrize("own", [None, 7, [7, 8]])
-def test_a_checkpoint_tells_others_what_its_model_stops_at(own: int | list[int] | None) -> None:
-    assert saved_stop_ids(SimpleNamespace(eos_token_id=own)) == own
+@pytest.mark.parametrize(("own", "expected"), [(None, []), (7, [7]), ([7, 8], [7, 8]), ((7, 8), [7, 8])])
+def test_a_configuration_names_no_stop_token_one_or_many(own: Any, expected: list[int]) -> None:
+    assert configured(SimpleNamespace(eos_token_id=own)) == expected
+
+
+def test_stop_tokens_of_configurations_in_their_order() -> None:
+    settings = [SimpleNamespace(eos_token_id=eos) for eos in ([7, 2], 2, None, 5)]
+    assert configured(settings[0], None, *settings[1:]) == [7, 2, 5]

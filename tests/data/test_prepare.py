@@ -82,7 +82,11 @@ TOO_MANY = "cannot be used; first: row 1: "
         ({"train": [{}]}, TOO_MANY + "has no 'prompt'; fields are none"),
         ({"train": [{"prompt": "What?", "completion": " \n"}]}, TOO_MANY + "its target is empty"),
         ({"train": [{"prompt": "What?", "completion": None}]}, TOO_MANY + "has no 'completion'"),
-        ({"train": [{"prompt": "What?", "completion": 4}]}, TOO_MANY + "its target is empty"),
+        ({"train": [{"prompt": "What?", "completion": ""}]}, TOO_MANY + "its target is empty"),
+        (
+            {"train": [{"prompt": "What?", "completion": 4}]},
+            TOO_MANY + "its target in 'completion' is 4 without quotes",
+        ),
         ({"train": [{"prompt": " ", "completion": "That."}]}, TOO_MANY + "its prompt is empty"),
         ({"train": [{"prompt": 3, "completion": "That."}]}, TOO_MANY + "its prompt is neither text nor a list"),
         ({"train": [{"prompt": ["What?"], "completion": "That."}]}, TOO_MANY + "its prompt is neither text nor a list"),

@@ -40,6 +40,8 @@ def campaign(project: Project, host: Project) -> Iterator[Campaign]:
         "SIGTERM, dvc",
         "kill -9, the preloaded process",
         "flipped bit, checkpoint",
+        "flipped bit, encoded rows",
+        "truncated, encoded rows",
         "truncated, synthetic data",
         "flipped bit, team",
         "truncated, scores",

@@ -79,6 +79,7 @@ def test_a_disk_that_runs_full_in_a_stage_is_one_message_and_costs_nothing_made(
     settings = ["data.max_train_rows=16", "data.max_heldout_rows=4", "sft.num_train_epochs=1"]
     (small_disk / "params.yaml").write_text(params_file.resolve(workspace, "demo", settings)[1])
     assert tpaw("data", cwd=small_disk).returncode == 0
+    assert tpaw("encode", cwd=small_disk).returncode == 0
     rows = (small_disk / "data" / "train.jsonl").read_bytes()
     done = tpaw("sft", cwd=small_disk)
     assert done.returncode == 1

@@ -170,7 +170,7 @@ def test_a_study_runs_as_a_flow_and_ends_in_a_report(served: Served, client: Mlf
     served.run("prefect", "deployment", "run", "tpaw-compare/compare", "--watch", *given)
     assert (served.folder / "studies" / "demo" / "report.html").exists()
     log = served.worker_log()[start:]
-    assert "tuning seeds: 11/11 (100%)" in log
+    assert "tuning seeds: 13/13 (100%)" in log
     assert "| tpaw | 0.001 |" in re.sub(" +", " ", log)
     assert client.get_experiment_by_name("tpaw-compare") is not None
 
@@ -180,6 +180,29 @@ def test_a_refused_parameter_fails_the_flow_and_changes_nothing(served: Served) 
     assert served.flow('overrides=["objective.eta=0.5"]', check=False).returncode == 1
     assert served.params() == before
     assert "objective.eta" in served.worker_log()[start:]
+
+
+def test_a_broken_model_and_broken_rows_are_both_named_before_anything_is_trained(served: Served) -> None:
+    """The first task of a flow is `tpaw check`."""
+    before, start = served.lock(), len(served.worker_log())
+    made = {path: path.stat().st_mtime_ns for path in served.folder.glob("checkpoints/*/*")}
+    shutil.copytree(served.workspace.checkpoint(0), broken := served.folder / "broken")
+    (broken / "model.safetensors").unlink()
+    rows = served.workspace.train_rows.read_text().splitlines()
+    (served.folder / "rows.jsonl").write_text("\n".join([*rows[:20], *['{"prompt": "2 + 2"}'] * 20]))
+    (served.folder / "heldout.jsonl").write_text(served.workspace.heldout_rows.read_text())
+    asked = ["model.model_name_or_path=broken", "data.path=rows.jsonl", "data.heldout_path=heldout.jsonl"]
+    assert served.flow(f"overrides={json.dumps(asked)}", check=False).returncode == 1
+    log = served.worker_log()[start:]
+    alone = served.run("tpaw", "check", check=False)
+    assert alone.returncode == 1
+    for said in (log, alone.stderr):
+        assert "2 to fix before a run:" in said
+        assert re.search(r"- rows\.jsonl: 20 of 40 rows cannot be used; first: row 21: ", said)
+        assert "- model 'broken': cannot be loaded" in said
+    assert "Running stage" not in log
+    assert served.lock() == before
+    assert {path: path.stat().st_mtime_ns for path in served.folder.glob("checkpoints/*/*")} == made
 
 
 def test_a_killed_flow_leaves_no_process_and_the_next_one_does_what_it_was_asked(served: Served) -> None:

@@ -6,9 +6,11 @@ One `dvc repro` makes what all tests look at; a test that changes something has 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
+from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,11 @@ import pytest
 
 from tests.support.workspace import BIN, COMMANDS, Project
 from tpaw_core.artifacts import checkpoint
+from tpaw_core.artifacts.encoded import read_encoded
 from tpaw_core.artifacts.training_log import read_log
-from tpaw_core.data import encoding
-from tpaw_core.data.rows import read_rows
+from tpaw_core.engine import scratch
+from tpaw_core.processes import fork_server
+from tpaw_core.workspace.paths import Workspace
 
 pytestmark = pytest.mark.slow
 
@@ -142,9 +146,8 @@ def test_lambda_by_length_divides_each_log_probability_by_its_own_tokens(project
     with project.settings("objective.per_token=true"):
         project.run("tpaw", "weights", "-t", "2")
     found = pq.read_table(workspace.weights(2)).to_pydict()
-    tokenizer = checkpoint.load_tokenizer(workspace.checkpoint(1))
-    rows = list(read_rows(workspace.train_rows))
-    encoded = encoding.encode(rows, tokenizer, max_length=160, max_skipped=0.0, name="rows")
+    encoded = read_encoded(workspace, "train")
+    assert len(encoded.chosen) == len(workspace.train_rows.read_text().splitlines())
     targets = np.array([len(ids) for ids in encoded.chosen])
     answers = [pq.read_table(workspace.synthetic(t))["rejected_ids"].to_pylist() for t in (2, 1)]
     lengths = np.array([len(ids) for ids in [*answers[0], *answers[1]]])
@@ -177,6 +180,61 @@ def test_a_killed_training_continues_from_its_last_state_and_ends_in_the_same_by
     assert "resuming from" in project.run("tpaw", "train", "-t", "2").stdout
     assert project.digest(2) == digest
     assert project.workspace.training_log(2).read_bytes() == log
+
+
+CLOCK = """
+import datetime, os
+from transformers.utils import chat_template_utils
+
+class Clock(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return super().now(tz) + datetime.timedelta(days=int(os.environ["TPAW_TEST_DAYS"]))
+
+chat_template_utils.datetime = Clock
+"""
+
+
+def test_a_template_that_writes_the_date_gives_the_same_bytes_after_midnight(finished: Project, tmp_path: Path) -> None:
+    """The date is that of `encode`, whenever the other stages run."""
+    (tmp_path / "clock").mkdir()
+    (tmp_path / "clock" / "sitecustomize.py").write_text(CLOCK)
+    own = scratch.TEMPLATE.replace("{% for", "{{ strftime_now('%Y-%m-%d') + '\n' }}{% for", 1)
+    (tmp_path / "dated.jinja").write_text(own)
+    base, template = finished.workspace.checkpoint(0), tmp_path / "dated.jinja"
+    settings = [f"model.model_name_or_path={base}", f"model.chat_template={template}", "sft.num_train_epochs=1"]
+    made = Project.make(tmp_path / "dated", *settings, iterations=1)
+    made.environment[fork_server.ADDRESS] = finished.environment[fork_server.ADDRESS]
+    workspace = made.workspace
+    made.run(*COMMANDS["repro"], "train@1", "evaluate@1")
+    outputs = [
+        *workspace.checkpoint(1).iterdir(),
+        workspace.training_log(1),
+        workspace.metrics(1),
+        workspace.samples(1),
+    ]
+    before, encoded = {path: path.read_bytes() for path in outputs}, workspace.encoded("train").read_bytes()
+    shutil.rmtree(workspace.checkpoint(1))
+    for path in outputs[-3:]:
+        path.unlink()
+    del made.environment[fork_server.ADDRESS]  # the clock moves where an interpreter starts
+    paths = [str(tmp_path / "clock"), os.environ.get("PYTHONPATH", "")]
+    made.environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TPAW_TEST_DAYS": "1"}
+    made.run("tpaw", "train", "-t", "1")
+    made.run("tpaw", "evaluate", "-t", "1")
+    assert {path: path.read_bytes() for path in outputs} == before
+    assert made.stale() == {"evaluate-sft", "report"}, "what has not run yet"
+    today = _date(workspace)
+    made.run("tpaw", "encode")
+    assert _date(workspace) == today + timedelta(days=1), "the clock has moved"
+    assert workspace.encoded("train").read_bytes() != encoded
+    made.close()
+
+
+def _date(workspace: Workspace) -> date:
+    """What the template wrote before the first prompt."""
+    prompt = read_encoded(workspace, "train").prompts[0]
+    return date.fromisoformat(checkpoint.load_tokenizer(workspace.tokenizer).decode(list(prompt)).splitlines()[0])
 
 
 def test_a_version_tagged_out_of_the_team_does_not_play(project: Project) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+from tests.support.rows import eos_ending
 from tpaw_core.config.params import Generation
 from tpaw_core.data.endings import Ending, Response
 from tpaw_core.engine.generation import choice, in_process, way
@@ -44,7 +45,7 @@ def generate(stopping: Any, prompts: list[list[int]], tokenizer: Any) -> Generat
             prompts,
             settings(**changes),
             max_length=max_length,
-            ending=Ending.of(tokenizer),
+            ending=eos_ending(tokenizer),
             pad_id=tokenizer.pad_token_id,
             seed=seed,
         )
@@ -53,7 +54,8 @@ def generate(stopping: Any, prompts: list[list[int]], tokenizer: Any) -> Generat
 
 
 def of_family(model: Any, prompts: list[list[int]], **changes: Any) -> list[Response]:
-    return in_process.generate(model, prompts, settings(**changes), max_length=64, ending=Ending(2), pad_id=0, seed=1)
+    own, ending = settings(**changes), Ending(2, (2,))
+    return in_process.generate(model, prompts, own, max_length=64, ending=ending, pad_id=0, seed=1)
 
 
 def alone(model: Any, prompt: list[int], eos_id: int = 2, pad_id: int = 0) -> list[int]:

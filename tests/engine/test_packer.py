@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.groups import SMALL, assert_same
 from tests.support.reference import group_logps
-from tpaw_core.engine import logps, scoring
+from tpaw_core.engine import logps
 from tpaw_core.engine.packer import packer
 from tpaw_core.errors import TpawError
 
@@ -63,8 +63,38 @@ def test_families_that_cannot_share_say_so_in_a_line_and_get_the_plain_numbers(
     assert_same(model, found, group_logps(model, SMALL))
 
 
-def test_a_model_whose_logits_are_not_those_of_its_hidden_states_is_refused(make_model: Callable[[int], Any]) -> None:
-    model = make_model(0)
+def tripled(model: Any) -> Any:
+    """What no config tells: its logits are three times its output projection's."""
     model.lm_head.register_forward_hook(lambda module, inputs, output: output * 3)
-    with pytest.raises(TpawError, match="LlamaForCausalLM: its log-probabilities cannot be made"):
-        scoring.score(model, [([1, 2], [3])], pad_id=0)
+    return model
+
+
+def capped(model: Any) -> Any:
+    model.config.output_softcap = 30.0
+    return model
+
+
+@pytest.mark.parametrize("change", [tripled, capped])
+def test_a_head_that_is_not_known_is_computed_by_the_model_itself(
+    change: Callable[[Any], Any], architecture: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = change(architecture("llama"))
+    with packer(model, SMALL, 0) as pack:
+        packed = pack(SMALL)
+        found = logps.response_logps(model, packed)
+    assert "layout" in packed.inputs  # prompts are shared all the same
+    assert "its own logits are used, which takes more memory" in caplog.text
+    assert_same(model, found, group_logps(model, SMALL))
+
+
+def test_a_known_head_is_not(architecture: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    with packer(architecture("llama"), SMALL, 0) as pack:
+        assert not pack(SMALL).by_logits
+    assert caplog.text == ""
+
+
+def test_log_probabilities_that_are_not_numbers_are_refused(architecture: Callable[..., Any]) -> None:
+    model = architecture("llama")
+    model.lm_head.weight.data[7] = float("inf")
+    with pytest.raises(TpawError, match="LlamaForCausalLM: its log-probabilities in float32 are not numbers; set"):
+        packer(model, SMALL, 0).__enter__()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.rows import eos_ending
 from tpaw_core.config.params import Generation
 from tpaw_core.data.endings import Ending, Response
 from tpaw_core.engine.generation import in_process, vllm_client
@@ -18,7 +19,7 @@ VLLM_PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
 
 
 def ask(model: Path, prompts: list[list[int]], eos_id: int, python: Path) -> list[Response]:
-    settings, ending = Generation(temperature=0.0, max_new_tokens=20), Ending(eos_id)
+    settings, ending = Generation(temperature=0.0, max_new_tokens=20), Ending(eos_id, (eos_id,))
     return vllm_client.generate(
         model, prompts, settings, max_length=128, ending=ending, seed=1, dtype="float32", python=python
     )
@@ -79,14 +80,14 @@ def test_vllm_generates_what_transformers_generates(
     assert VLLM_PYTHON.exists(), "`make vllm` makes the interpreter that this test needs"
     prompts = [e.prompt_ids[: 3 + 7 * number % 40] for number, e in enumerate(encoded * 3)]
     assert len(prompts) >= 64
-    model, ending = make_model(4), Ending.of(tokenizer)
+    model, ending = make_model(4), eos_ending(tokenizer)
     with torch.inference_mode():  # EOS's row of the output is raised towards the states that the model passes through
         states = model.model(torch.tensor([prompts[0]])).last_hidden_state[0]
-        model.lm_head.weight[ending.eos_id] = states.mean(0) * 0.45
+        model.lm_head.weight[ending.end_id] = states.mean(0) * 0.45
     save_checkpoint(model, tmp_path / "0")
     settings = Generation(temperature=0.0, max_new_tokens=20, batch_size=1)
     expected = in_process.generate(
         model, prompts, settings, max_length=128, ending=ending, pad_id=tokenizer.pad_token_id, seed=1
     )
     assert {response.finish_reason for response in expected} == {"stop", "length"}, "the model must do both"
-    assert ask(tmp_path / "0", prompts, ending.eos_id, VLLM_PYTHON) == expected
+    assert ask(tmp_path / "0", prompts, ending.end_id, VLLM_PYTHON) == expected

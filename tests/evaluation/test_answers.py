@@ -4,13 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
+from tests.support.rows import encode_rows
 from tpaw_core.config.params import Evaluation
-from tpaw_core.data.encoding import render
+from tpaw_core.data import encoding
 from tpaw_core.data.rows import Row
 from tpaw_core.errors import TpawError
-from tpaw_core.evaluation.answers import answer, sample_of, write_task
+from tpaw_core.evaluation.answers import Heldout, answer, sample_of, write_task
+
+
+def held(rows: list[Row], tokenizer: Any, **options: Any) -> Heldout:
+    return Heldout(rows, encode_rows(rows, tokenizer, **options))
 
 
 @pytest.mark.parametrize(
@@ -33,9 +39,11 @@ def test_a_task_holds_the_rendered_prompts_the_answers_and_the_pattern(
     rows: list[Row], tokenizer: Any, tmp_path: Path
 ) -> None:
     settings = Evaluation(answer_pattern=r"#### (\d+)", max_new_tokens=8)
-    write_task(tmp_path, "heldout", rows[:3], tokenizer, settings)
-    lines = [json.loads(line) for line in (tmp_path / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line["text"] for line in lines] == [render(row.prompt, tokenizer) for row in rows[:3]]
+    write_task(tmp_path, "heldout", held(rows[:3], tokenizer), tokenizer, settings)
+    lines = pq.read_table(tmp_path / "heldout.parquet").to_pylist()
+    texts = [encoding.render(tokenizer, row.prompt, {}, add_generation_prompt=True) for row in rows[:3]]
+    assert [line["text"] for line in lines] == texts
+    assert [(line["task"], line["number"]) for line in lines] == [("heldout", number) for number in range(3)]
     assert [line["target"] for line in lines] == [row.completion for row in rows[:3]]
     assert [line["answer"] for line in lines] == [row.completion.rpartition("#### ")[2] for row in rows[:3]]
     task = json.loads((tmp_path / "heldout.yaml").read_text())
@@ -46,7 +54,32 @@ def test_a_task_holds_the_rendered_prompts_the_answers_and_the_pattern(
 def test_a_row_without_an_answer_is_named(rows: list[Row], tokenizer: Any, tmp_path: Path) -> None:
     bad = [*rows[:2], Row("x", rows[2].prompt, "no mark")]
     with pytest.raises(TpawError, match=r"data/validation\.jsonl: row 3: .* finds no answer in its target"):
-        write_task(tmp_path, "validation", bad, tokenizer, Evaluation(answer_pattern=r"#### (\d+)"))
+        write_task(tmp_path, "validation", held(bad, tokenizer), tokenizer, Evaluation(answer_pattern=r"#### (\d+)"))
+
+
+def test_a_row_that_could_not_be_encoded_is_not_asked_and_keeps_its_place(
+    rows: list[Row], tokenizer: Any, tmp_path: Path
+) -> None:
+    settings, ended = Evaluation(answer_pattern=r"#### (\d+)"), tokenizer.eos_token
+    hostile = Row("h", [{"role": "user", "content": f"7{ended}"}], "no mark")
+    given = held([rows[0], hostile, rows[1]], tokenizer, max_skipped=0.5)
+    write_task(tmp_path, "heldout", given, tokenizer, settings)
+    lines = pq.read_table(tmp_path / "heldout.parquet").to_pylist()
+    assert [line["target"] for line in lines] == [rows[0].completion, rows[1].completion]
+    assert [line["number"] for line in lines] == [0, 1]
+    bad = held([rows[0], hostile, Row("x", rows[2].prompt, "no mark")], tokenizer, max_skipped=0.5)
+    with pytest.raises(TpawError, match=r"data/heldout\.jsonl: row 3: .* finds no answer in its target"):
+        write_task(tmp_path, "heldout", bad, tokenizer, settings)
+
+
+@pytest.mark.parametrize("target", ["2024-05-05", "007", "1e5", "null"])
+def test_a_target_that_looks_like_a_date_or_a_number_stays_text(
+    target: str, rows: list[Row], tokenizer: Any, tmp_path: Path
+) -> None:
+    own = Row("t", rows[0].prompt, target)
+    write_task(tmp_path, "heldout", held([own], tokenizer), tokenizer, Evaluation(answer_pattern=r"^(.+)$"))
+    (line,) = pq.read_table(tmp_path / "heldout.parquet").to_pylist()
+    assert (line["target"], line["answer"]) == (target, target)
 
 
 def test_a_sample_is_read_from_the_harnesss_record() -> None:

@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.rows import encode_rows, eos_ending
 from tpaw_core.config.params import Evaluation, Generation
-from tpaw_core.data import encoding
-from tpaw_core.data.endings import Ending
 from tpaw_core.data.rows import Row
 from tpaw_core.engine.generation import in_process, way
 from tpaw_core.errors import TpawError
 from tpaw_core.evaluation import harness
-from tpaw_core.evaluation.answers import OWN
+from tpaw_core.evaluation.answers import OWN, Heldout
 
 
 def settings(**changes: Any) -> Evaluation:
@@ -40,15 +39,23 @@ def asked(make_model: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch) -> 
 def run(model: Any, tokenizer: Any, rows: list[Row], max_length: int = 128, **changes: Any) -> harness.Results:
     own = settings(**changes)
     given = {task: rows for task in own.tasks if task in OWN}
-    return harness.evaluate(model, tokenizer, given, own, max_length=max_length, seed=1)
+    return evaluate(model, tokenizer, given, own, max_length)
+
+
+def evaluate(
+    model: Any, tokenizer: Any, given: dict[str, list[Row]], own: Evaluation, max_length: int = 128
+) -> harness.Results:
+    held = {task: Heldout(rows, encode_rows(rows, tokenizer, max_length=max_length)) for task, rows in given.items()}
+    ending, pad = eos_ending(tokenizer), tokenizer.pad_token_id
+    return harness.evaluate(model, tokenizer, held, own, ending=ending, pad_id=pad, max_length=max_length, seed=1)
 
 
 @pytest.fixture
 def answered(model: Any, tokenizer: Any, rows: list[Row]) -> list[Row]:
     """Five held-out rows; by their pattern the model answers rows 1 and 3 as their targets do."""
-    prompts = encoding.encode_prompts([row.prompt for row in rows[:5]], tokenizer)
+    prompts = encode_rows(rows[:5], tokenizer).prompts
     greedy = Generation(temperature=0, max_new_tokens=8)
-    ending, pad = Ending.of(tokenizer), tokenizer.pad_token_id
+    ending, pad = eos_ending(tokenizer), tokenizer.pad_token_id
     found = in_process.generate(model, prompts, greedy, max_length=128, ending=ending, pad_id=pad, seed=1)
     texts = [tokenizer.decode(response.ids, skip_special_tokens=True) for response in found]
     return [
@@ -83,8 +90,8 @@ def test_answers_are_the_ones_of_transformers_own_greedy_generation(
     model: Any, tokenizer: Any, rows: list[Row]
 ) -> None:
     found = run(model, tokenizer, rows[:5])
-    for row, sample in zip(rows, found.samples, strict=False):
-        ids = torch.tensor([encoding.encode_prompts([row.prompt], tokenizer)[0]])
+    for prompt, sample in zip(encode_rows(rows[:5], tokenizer).prompts, found.samples, strict=True):
+        ids = torch.tensor([list(prompt)])
         answer = model.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=tokenizer.pad_token_id)
         assert sample.completion == tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
 
@@ -92,7 +99,7 @@ def test_answers_are_the_ones_of_transformers_own_greedy_generation(
 def test_validation_rows_are_a_benchmark_of_their_own(model: Any, tokenizer: Any, answered: list[Row]) -> None:
     own = settings(answer_pattern=WHOLE, tasks=["heldout", "validation"])
     given = {"heldout": answered, "validation": answered[1:2]}
-    found = harness.evaluate(model, tokenizer, given, own, max_length=128, seed=1)
+    found = evaluate(model, tokenizer, given, own)
     assert (found.primary.value, found.primary.n) == (2 / 5, 5)
     assert found.benchmarks["validation"]["n"] == 1
     assert found.benchmarks["validation"]["exact_match,answer"] == 1
@@ -110,7 +117,7 @@ def test_the_model_is_asked_the_ids_it_was_trained_on(
 ) -> None:
     (model, seen), tokenizer = asked, variant(kind)
     run(model, tokenizer, rows[:4])
-    encoded = encoding.encode(rows[:4], tokenizer, max_length=128, max_skipped=0.0, name="rows")
+    encoded = encode_rows(rows[:4], tokenizer)
     assert sorted(seen) == sorted(map(list, encoded.prompts))
 
 

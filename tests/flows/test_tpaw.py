@@ -58,14 +58,14 @@ def test_the_stages_of_a_checkpoint_that_is_made_again_are_forced_and_no_others(
 ) -> None:
     """Which answers, weights and figures belong to checkpoint t: those that iteration t makes."""
     asked: list[tuple[str, bool]] = []
-    for name in ("data", "sft", "generate", "team", "weights", "train", "evaluate", "report"):
+    for name in ("check", "data", "encode", "sft", "generate", "team", "weights", "train", "evaluate", "report"):
         monkeypatch.setattr(tpaw, name, _recording(name, asked))
     monkeypatch.setattr(tpaw, "show_results", lambda *_: None)
     monkeypatch.setattr(tpaw, "create_progress_artifact", lambda *_, **__: uuid.uuid4())
     monkeypatch.setattr(tpaw, "update_progress_artifact", lambda *_: None)
     monkeypatch.setattr(dvc, "preloaded", contextlib.nullcontext)
     tpaw.iterate(params, 2, False, rerun)
-    names = ["data", "sft", "evaluate 0"]
+    names = ["check", "data", "encode", "sft", "evaluate 0"]
     names += [f"{stage} {t}" for t in (1, 2) for stage in ("generate", "team", "weights", "train", "evaluate")]
     assert [name for name, _ in asked] == [*names, "report"]
     forced = {name for name, force in asked if force}

@@ -23,6 +23,7 @@ from tpaw_core.engine import scoring
 from tpaw_core.errors import Diverged, TpawError
 from tpaw_core.stages.context import Context
 from tpaw_core.stages.data import data
+from tpaw_core.stages.encode import encode
 from tpaw_core.stages.evaluate import evaluate
 from tpaw_core.stages.generate import generate
 from tpaw_core.stages.sft import sft
@@ -45,6 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     workspace = Workspace(tmp_path_factory.mktemp("made"))
     context = Context(workspace, resolved())
     data(context)
+    encode(context)
     sft(context)
     for iteration in (1, 2):
         generate(context, iteration)
@@ -76,6 +78,11 @@ def refused(message: str, workspace: Workspace, stage: Callable[..., Any], *argu
     assert files(workspace) == before
 
 
+def digest(workspace: Workspace) -> str:
+    """Of the encoded training rows."""
+    return Context(workspace, resolved()).encoded_digest
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -95,24 +102,30 @@ def remade(workspace: Workspace, iteration: int) -> None:
     checkpoint.seal(folder, iteration, Origin(checkpoint.manifest(workspace, iteration).parent))
 
 
-# sft ------------------------------------------------------------------------------------------------------------------
+# encode and sft -------------------------------------------------------------------------------------------------------
+
+
+def test_encode_refuses_missing_rows(workspace: Workspace) -> None:
+    shutil.rmtree(workspace.data)
+    refused(r"data/train\.jsonl: does not exist", workspace, encode)
+
+
+def test_encode_refuses_rows_that_were_edited(workspace: Workspace) -> None:
+    workspace.train_rows.write_text(workspace.train_rows.read_text().replace("####", "###", 1))
+    refused(r"data/train\.jsonl: has changed since `tpaw data` made it", workspace, encode)
 
 
 def test_sft_refuses_missing_rows(workspace: Workspace) -> None:
-    shutil.rmtree(workspace.data)
-    refused(r"data/train\.jsonl: does not exist", workspace, sft)
+    workspace.encoded("train").unlink()
+    refused(r"encoded/train\.parquet: does not exist; make it again with `tpaw encode`", workspace, sft)
 
 
-def test_sft_refuses_rows_that_were_edited(workspace: Workspace) -> None:
-    workspace.train_rows.write_text(workspace.train_rows.read_text().replace("####", "###", 1))
-    refused(r"data/train\.jsonl: has changed since `tpaw data` made it", workspace, sft)
-
-
-def test_sft_refuses_a_model_that_cannot_be_loaded(workspace: Workspace) -> None:
+@pytest.mark.parametrize("stage", [encode, sft])
+def test_a_model_that_cannot_be_loaded_is_refused(stage: Callable[..., None], workspace: Workspace) -> None:
     refused(
         r"model 'nobody/nothing': cannot be loaded",
         workspace,
-        sft,
+        stage,
         overrides=["model.model_name_or_path=nobody/nothing", "model.scratch=null"],
     )
 
@@ -157,10 +170,27 @@ def test_a_damaged_checkpoint_is_named(
     refused(rf"checkpoints/0/{message}", workspace, stage, iteration)
 
 
-@pytest.mark.parametrize("stage", [generate, weights, train])
-def test_rows_that_were_edited_are_refused(stage: Callable[..., None], workspace: Workspace) -> None:
-    workspace.train_rows.write_text(workspace.train_rows.read_text().replace("####", "###", 1))
-    refused(r"data/train\.jsonl: has changed since `tpaw data` made it", workspace, stage, 1)
+OTHER_ROWS = r"was made from other rows than data/{}\.jsonl; make it again with `tpaw encode`"
+
+
+@pytest.mark.parametrize("how", ["edited", "gone"])
+@pytest.mark.parametrize("stage", [sft, generate, weights, train])
+def test_rows_that_are_not_those_that_were_encoded_are_refused(
+    stage: Callable[..., None], how: str, workspace: Workspace
+) -> None:
+    if how == "gone":
+        shutil.rmtree(workspace.data)
+    else:
+        workspace.train_rows.write_text(workspace.train_rows.read_text().replace("####", "###", 1))
+    iteration = () if stage is sft else (1,)
+    refused(r"encoded/train\.parquet: " + OTHER_ROWS.format("train"), workspace, stage, *iteration)
+
+
+@pytest.mark.parametrize("stage", [sft, generate, weights, train])
+def test_encoded_rows_that_cannot_be_read_are_refused(stage: Callable[..., None], workspace: Workspace) -> None:
+    path = workspace.encoded("train")
+    path.write_bytes(path.read_bytes()[:-10])
+    refused(r"encoded/train\.parquet: cannot be read", workspace, stage, *(() if stage is sft else (1,)))
 
 
 def test_a_pruned_checkpoint_is_named_with_the_way_to_get_it_back(workspace: Workspace) -> None:
@@ -234,8 +264,12 @@ def test_answers_that_have_changed_since_the_team_was_made_are_refused(
 def test_weights_refuse_answers_of_other_rows(workspace: Workspace) -> None:
     """As if `tpaw data` had made more rows since."""
     shutil.rmtree(workspace.data)
-    data(Context(workspace, resolved("data.max_train_rows=9")))
-    refused(r"synthetic/1\.parquet: is missing \d+ rows of data/train\.jsonl", workspace, weights, 1)
+    context = Context(workspace, resolved("data.max_train_rows=9"))
+    data(context)
+    encode(context)
+    again = "make it again with `tpaw generate --iteration 1`"
+    message = rf"synthetic/1\.parquet: was made from other rows than encoded/train\.parquet; {again}"
+    refused(message, workspace, weights, 1)
 
 
 def test_a_score_that_is_not_finite_ends_the_method(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,8 +311,15 @@ def test_train_refuses_weights_that_belong_to_others(other: str, workspace: Work
         found = found._replace(opponents=found.opponents[::-1])
     else:
         found = found._replace(prompt_ids=["0" * 16, *found.prompt_ids[1:]])
-    write_weights(workspace.weights(2), found)
-    message = r"weights/2\.parquet: does not match data/train\.jsonl and teams/2\.json; make it again"
+    write_weights(workspace.weights(2), found, digest(workspace), "float32")
+    message = r"weights/2\.parquet: does not match encoded/train\.parquet and teams/2\.json; make it again"
+    refused(message, workspace, train, 2)
+
+
+def test_train_refuses_weights_of_other_encoded_rows(workspace: Workspace) -> None:
+    write_weights(workspace.weights(2), read_weights(workspace.weights(2), 2), "0" * 64, "float32")
+    again = "make it again with `tpaw weights --iteration 2`"
+    message = rf"weights/2\.parquet: was made from other rows than encoded/train\.parquet; {again}"
     refused(message, workspace, train, 2)
 
 
@@ -301,7 +342,12 @@ def test_evaluate_refuses_a_checkpoint_that_is_not_there(workspace: Workspace) -
 
 def test_evaluate_refuses_rows_that_are_not_there(workspace: Workspace) -> None:
     workspace.heldout_rows.unlink()
-    refused(r"data/heldout\.jsonl: does not exist; make data/ again with `tpaw data`", workspace, evaluate, 0)
+    refused(r"data/heldout\.jsonl: does not exist; make it with `tpaw data`", workspace, evaluate, 0)
+
+
+def test_evaluate_refuses_rows_that_were_edited(workspace: Workspace) -> None:
+    workspace.heldout_rows.write_text(workspace.heldout_rows.read_text().replace("####", "###", 1))
+    refused(r"encoded/heldout\.parquet: " + OTHER_ROWS.format("heldout"), workspace, evaluate, 0)
 
 
 def test_evaluate_refuses_a_pattern_that_finds_no_answer_in_a_target(workspace: Workspace) -> None:

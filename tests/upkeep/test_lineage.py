@@ -82,7 +82,7 @@ def test_the_lineage_of_a_real_loop_leads_back_to_the_base_model(longer_project:
     assert "objective.eta=6.0" in said
     assert "seed=42" in said
     assert "torch 2." in said
-    assert said.count("read data/train.jsonl: ") == 5
+    assert said.count("read encoded/train.parquet: ") == 5
     change(longer_project.workspace, 2, parent="0" * 64)
     done = longer_project.run("tpaw", "lineage", "-t", "4", check=False)
     assert done.returncode == 1

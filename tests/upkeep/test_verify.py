@@ -63,6 +63,16 @@ CORRUPTIONS: dict[str, tuple[str, Callable[[Path], bytes]]] = {
         lambda path: changed(path, lambda found: found.update(parent="0" * 64)),
     ),
     "a training row": ("data/train.jsonl", flipped),
+    "a bit of encoded rows": ("encoded/train.parquet", flipped),
+    "an id of encoded rows": (
+        "encoded/train.parquet",
+        lambda path: rewritten(path, "target_ids", lambda ids: [ids[0] + 1, *ids[1:]]),
+    ),
+    "a row's place": ("encoded/train.parquet", lambda path: rewritten(path, "place", lambda place: place + 1)),
+    "where a text ends": (
+        "encoded/tokenizer/ending.json",
+        lambda path: changed(path, lambda found: found.update(stop_ids=[])),
+    ),
     "a target in synthetic data": (
         "synthetic/1.parquet",
         lambda path: rewritten(path, "chosen", lambda text: f"{text}!"),
@@ -115,8 +125,39 @@ def test_a_healthy_workspace_has_nothing_that_disagrees(longer_project: Project)
     done = longer_project.run("tpaw", "verify")
     assert done.stdout.endswith("nothing disagrees\n")
     assert "note: " not in done.stdout
-    assert "checked: 1 data sets, 5 checkpoints, 4 synthetic data sets, 4 teams, 4 weights" in done.stdout
+    assert (
+        "checked: 1 data sets, 4 encoded files, 5 checkpoints, 4 synthetic data sets, 4 teams, 4 weights" in done.stdout
+    )
     assert "5 versions in the registry" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "reason"),
+    [
+        (
+            lambda path: path.read_bytes()[:-9],
+            r"cannot be read \(.*\); make it again, or restore it with `dvc checkout`",
+        ),
+        (
+            lambda path: rewritten(path, "prompt_id", lambda prompt_id: prompt_id[::-1]),
+            r"its rows are not those of .*/data/train\.jsonl; make it again with `tpaw encode`",
+        ),
+        (
+            lambda path: path.with_name("heldout.parquet").read_bytes(),
+            r"was made from other rows than data/train\.jsonl; make it again with `tpaw encode`",
+        ),
+    ],
+)
+def test_encoded_rows_are_checked_without_dvc_too(
+    longer_project: Project, corrupt: Callable[[Path], bytes], reason: str
+) -> None:
+    """One line on the file itself; another one on what was made from it."""
+    path = longer_project.workspace.encoded("train")
+    write(path, corrupt(path))
+    shutil.rmtree(longer_project.folder / ".dvc")
+    said = check(longer_project).disagreements
+    assert len([line for line in said if re.fullmatch(f"{re.escape(str(path))}: {reason}", line)]) == 1, said
+    assert f"{longer_project.workspace.checkpoint(0)}: was made from another {path}; run `dvc repro`" in said
 
 
 def test_a_disagreement_is_printed_and_the_status_is_1(longer_project: Project) -> None:

@@ -6,16 +6,17 @@ Written, sealed, loaded and verified here and nowhere else.
 from __future__ import annotations
 
 import contextlib
-import os
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from tpaw_core.artifacts import code
+from tpaw_core.artifacts import code, pretrained
 from tpaw_core.data import endings
 from tpaw_core.errors import TpawError
 from tpaw_core.workspace import files, records
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 VERSIONED = ("tpaw", "torch", "transformers", "tokenizers")
-PICKLE = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+SHIPPED = "_tpaw_shipped"  # the attribute that keeps a loaded model's own generation config
 
 
 class Manifest(Record):
@@ -63,13 +64,22 @@ def write(
     origin: Origin,
     *,
     dtype: str,
+    stop_ids: Sequence[int],
 ) -> None:
-    """The model in ``dtype`` (a name in torch), its tokenizer and the manifest; in place only when complete."""
+    """The model in ``dtype`` (a name in torch), its tokenizer and the manifest; in place only when complete.
+
+    generation_config.json is what the base model shipped, with ``stop_ids`` added: a serving stack reads it.
+    """
     import torch
 
     with workspace.publish(workspace.checkpoint(iteration)) as aside:
         model.to(getattr(torch, dtype)).save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+        shipped = getattr(model, SHIPPED, None) or model.generation_config.to_diff_dict()
+        stops = endings.configured(model.config, SimpleNamespace(**shipped)) + list(stop_ids)
+        stops = list(dict.fromkeys(stops))
+        content = {**shipped, "eos_token_id": stops if len(stops) > 1 else stops[0]}
+        (aside / "generation_config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         seal(aside, iteration, origin)
     workspace.pruned(iteration).unlink(missing_ok=True)
 
@@ -126,9 +136,9 @@ def verify(workspace: Workspace, iteration: int) -> Manifest:
     found, folder = manifest(workspace, iteration), workspace.checkpoint(iteration)
     if not folder.exists():
         raise TpawError(f"{folder}: was pruned; make it again with `dvc repro train@{iteration}`")
-    remedy = f"restore it with `dvc checkout --force {folder}` or make the checkpoint again"
+    remedy = f"move {folder} away, then restore it with `dvc checkout {folder}` or make the checkpoint again"
     for path in folder.iterdir():
-        if path.suffix in PICKLE:
+        if path.suffix in pretrained.PICKLE:
             raise TpawError(f"{path}: is a pickle file, which can run code when loaded; use safetensors")
         if path.name != MANIFEST and path.name not in found.files:
             raise TpawError(f"{path}: is not in the manifest; remove it, or {remedy}")
@@ -145,23 +155,37 @@ def verify(workspace: Workspace, iteration: int) -> Manifest:
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Of a checkpoint, a folder or a hub id. Raises TpawError where it cannot be loaded."""
-    from transformers import AutoTokenizer
-
-    tokenizer = _load(AutoTokenizer, source, revision)
-    for name in ("is_local", "local_files_only"):  # how it was loaded would be saved with it, and change the digest
-        tokenizer.init_kwargs.pop(name, None)
-    return tokenizer
+    return pretrained.load_tokenizer(source, revision)
 
 
-def load_model(source: str | Path, *, dtype: str = "auto", revision: str | None = None) -> PreTrainedModel:
-    """The model in evaluation mode, on the accelerator if there is one. Raises TpawError where it cannot be loaded."""
+def load_settings(source: str | Path, revision: str | None = None) -> tuple[Any, Any]:
+    """The config and the generation config, None where the model ships none, without loading weights."""
+    from transformers import GenerationConfig
+
+    config = pretrained.load_config(source, revision)
+    try:
+        return config, GenerationConfig.from_pretrained(source, revision=revision or "main")
+    except (OSError, ValueError):
+        return config, None
+
+
+def load_model(
+    source: str | Path, *, dtype: str = "auto", revision: str | None = None, device: str | None = None
+) -> PreTrainedModel:
+    """The model in evaluation mode, by default on the accelerator if there is one.
+
+    Raises TpawError where it cannot be loaded.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
-    model = _load(AutoModelForCausalLM, source, revision, dtype=dtype, use_safetensors=True)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = pretrained.load_model(source, revision, dtype=dtype, device=device)
     # What a model brings along (a repetition penalty, a minimal length) would sample from something other than pi.
-    model.generation_config = GenerationConfig(eos_token_id=endings.saved_stop_ids(model.config))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    setattr(model, SHIPPED, model.generation_config.to_diff_dict())
+    stops = endings.configured(model.config, model.generation_config)
+    model.generation_config = GenerationConfig(eos_token_id=stops or None)
+    return model
 
 
 def identity(model: PreTrainedModel, source: str | Path) -> str:
@@ -172,20 +196,3 @@ def identity(model: PreTrainedModel, source: str | Path) -> str:
     if (folder / MANIFEST).exists():
         return _read(folder / MANIFEST, folder).digest
     return files.digest({path.name: files.sha256(path) for path in sorted(folder.glob("*.safetensors"))})
-
-
-def _load(loader: Any, source: str | Path, revision: str | None, **options: Any) -> Any:
-    from safetensors import SafetensorError
-
-    if Path(source).is_dir():
-        pickles = [p for p in Path(source).iterdir() if p.suffix in PICKLE]
-        if pickles and not list(Path(source).glob("*.safetensors")):
-            raise TpawError(f"{pickles[0]}: is a pickle file, which can run code when loaded; use safetensors")
-    try:
-        return loader.from_pretrained(source, revision=revision, trust_remote_code=False, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        offline = (
-            " HF_HUB_OFFLINE is set: unset it, or name a local folder." if os.environ.get("HF_HUB_OFFLINE") else ""
-        )
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TpawError(f"model {str(source)!r}: cannot be loaded.{offline} ({first})") from None

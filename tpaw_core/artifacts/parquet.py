@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from tpaw_core.errors import TpawError
 from tpaw_core.workspace import records
+
+ENCODED = b"encoded"  # metadata: the digest of the encoded rows that a file belongs to
 
 
 @contextmanager
@@ -19,3 +21,9 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except (pa.ArrowException, ValueError, OSError) as error:
         raise TpawError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {records.RESTORE}") from None
+
+
+def refuse_other_rows(path: Path, metadata: Mapping[bytes, bytes] | None, digest: str | None, again: str) -> None:
+    """Raise TpawError where a file does not belong to the encoded rows with this digest; None: whichever they are."""
+    if digest is not None and (metadata or {}).get(ENCODED, b"") != digest.encode():
+        raise TpawError(f"{path}: was made from other rows than encoded/train.parquet; make it again with `{again}`")

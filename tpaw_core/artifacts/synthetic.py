@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpaw_core.artifacts.parquet import readable
+from tpaw_core.artifacts.parquet import ENCODED, readable, refuse_other_rows
 from tpaw_core.data.rows import Row
 from tpaw_core.data.tokens import TokenRows
 from tpaw_core.errors import TpawError
@@ -29,8 +29,9 @@ def write_synthetic(
     encoded: EncodedRows,
     responses: Sequence[Response],
     tokenizer: Any,
+    digest: str,
 ) -> None:
-    """A few rows at a time: their texts are read from the file once more."""
+    """A few rows at a time: their texts are read from the file once more. ``digest``: of the encoded rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -44,7 +45,8 @@ def write_synthetic(
             "rejected": pa.string(),
             "rejected_ids": pa.list_(pa.int32()),
             "finish_reason": pa.string(),
-        }
+        },
+        metadata={ENCODED: digest},
     )
     kept = set(encoded.row_ids)  # a prompt without room for an answer has none
     answered = zip((row for row in rows if row.prompt_id in kept), responses, strict=True)
@@ -63,17 +65,19 @@ def write_synthetic(
             file.write_batch(pa.record_batch(arrays, schema=schema))
 
 
-def read_responses(path: str | Path, row_ids: list[str], sha256: str | None = None) -> TokenRows:
+def read_responses(path: Path, row_ids: list[str], sha256: str | None = None, digest: str | None = None) -> TokenRows:
     """The ids that an opponent generated, in the order of ``row_ids``.
 
-    Raises TpawError where a row is missing, or the file is not the one with the digest ``sha256``.
+    Raises TpawError where a row is missing, the file is not the one with this ``sha256``, or it belongs to other
+    encoded rows than those with ``digest``.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = files.need(Path(path), records.RESTORE)
+    path = files.need(path, records.RESTORE)
     if sha256 is not None and files.sha256(path) != sha256:
-        raise TpawError(f"{path}: has changed since the team was made; restore it with `dvc checkout --force {path}`")
+        remedy = f"move it away, then restore it with `dvc checkout {path}`"
+        raise TpawError(f"{path}: has changed since the team was made; {remedy}")
     with readable(path):
         table = pq.read_table(path, columns=["prompt_id", "rejected_ids"]).combine_chunks()
         ids = table["rejected_ids"].combine_chunks()
@@ -81,6 +85,7 @@ def read_responses(path: str | Path, row_ids: list[str], sha256: str | None = No
             raise ValueError("rejected_ids is not a list of token ids in every row")
         found = TokenRows.of(ids.values.to_numpy(), ids.offsets.to_numpy())
         names = table["prompt_id"].cast(pa.string()).to_pylist()
+    refuse_other_rows(path, table.schema.metadata, digest, f"tpaw generate --iteration {path.stem}")
     if names == row_ids:
         return found
     place = {name: number for number, name in enumerate(names)}

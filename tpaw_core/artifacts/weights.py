@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from tpaw_core.artifacts.parquet import readable
+from tpaw_core.artifacts.parquet import ENCODED, readable, refuse_other_rows
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from tpaw_core.config.params import Precision
+
 NUMBERS = ("players_chosen", "players_rejected", "beta")
+PRECISION = b"precision"  # metadata: in which the judges scored, and in which the policy must be trained
 
 
 class Weights(NamedTuple):
@@ -24,7 +27,8 @@ class Weights(NamedTuple):
     beta: NDArray[np.float64]  # [n * rows, K]
 
 
-def write_weights(path: Path, weights: Weights) -> None:
+def write_weights(path: Path, weights: Weights, digest: str, precision: Precision) -> None:
+    """``digest``: of the encoded rows. ``precision``: in which the judges multiplied."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -32,11 +36,12 @@ def write_weights(path: Path, weights: Weights) -> None:
     for name in NUMBERS:
         values = getattr(weights, name)
         columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
-    pq.write_table(pa.table(columns), path)
+    pq.write_table(pa.table(columns).replace_schema_metadata({ENCODED: digest, PRECISION: precision}), path)
 
 
-def read_weights(path: Path, players: int) -> Weights:
-    """Raises TpawError where a column is not one finite number per player in every row."""
+def read_weights(path: Path, players: int, digest: str | None = None) -> Weights:
+    """Raises TpawError where a column is not one finite number per player in every row, or where the file belongs to
+    other encoded rows than those with ``digest``."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -53,4 +58,21 @@ def read_weights(path: Path, players: int) -> Weights:
             if not np.isfinite(numbers).all():
                 raise ValueError(f"{name} is not finite in every row")
             values.append(numbers.reshape(-1, players))
+        refuse_other_rows(path, table.schema.metadata, digest, f"tpaw weights --iteration {path.stem}")
         return Weights(table["prompt_id"].to_pylist(), table["opponent"].to_pylist(), *values)
+
+
+def scored_in(path: Path) -> Precision | None:
+    """The precision in which the judges multiplied; None in a file from before it was recorded."""
+    import pyarrow.parquet as pq
+
+    with readable(path):
+        match (pq.read_schema(path).metadata or {}).get(PRECISION):
+            case None:
+                return None
+            case b"float32":
+                return "float32"
+            case b"bfloat16":
+                return "bfloat16"
+            case other:
+                raise ValueError(f"precision {other!r} is neither float32 nor bfloat16")

@@ -14,6 +14,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Precision = Literal["float32", "bfloat16"]
 
 
 class Section(BaseModel):
@@ -33,15 +34,19 @@ class Scratch(Section):
 class Model(Section):
     model_name_or_path: str | None = None  # hub id or local folder; null: train `scratch` from nothing
     revision: str | None = None
-    chat_template: str | None = None  # Jinja text for a tokenizer that has none
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of checkpoints on disk, generation and scoring
+    chat_template: str | None = None  # Jinja text, or a file that holds it, in place of the tokenizer's own
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # for the template: {enable_thinking: false}
+    # Of checkpoints on disk. auto: float32, in which they are trained; a ready model (sft.enabled=false) as it came.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     max_length: Count = 1024  # prompt and response together, in tokens
     scratch: Scratch | None = None
 
 
 class Data(Section):
-    path: str  # "arithmetic", a JSONL / Parquet / CSV file, or a hub id
-    heldout_path: str | None = None  # a second file; a hub data set uses heldout_split
+    path: str  # "arithmetic", a file or folder of rows, or a hub id
+    heldout_path: str | None = (
+        None  # a second file or folder; a hub data set, or a folder of splits, uses heldout_split
+    )
     dataset_config: str | None = None  # a hub data set's configuration, e.g. "main"
     train_split: str = "train"
     heldout_split: str = "test"
@@ -69,7 +74,7 @@ class Optimisation(Section):
     lr_scheduler_type: str = "linear"
     warmup_ratio: Fraction = 0.1
     max_grad_norm: NotNegative = 1.0
-    bf16: bool = False
+    bf16: Literal[True, False, "auto"] = False  # auto: where the device multiplies bfloat16 faster than float32
     activation_checkpointing: bool = False
     save_steps: Count = 100  # a multiple of logging_steps, so that a resumed log equals an uninterrupted one
     logging_steps: Count = 10
@@ -87,6 +92,7 @@ class Sft(Optimisation):
 
 class Generation(Section):
     backend: Literal["transformers", "vllm"] = "transformers"
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of the weights; auto: what the device multiplies faster
     python: str | None = None  # interpreter that has vllm; null: .venv-vllm/bin/python
     temperature: NotNegative = 1.0  # 0: greedy
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -199,10 +205,8 @@ class Params(Section):
 
     @property
     def checkpoint_dtype(self) -> str:
-        """As the model came, where that is a choice: training itself runs in float32."""
-        if self.model.dtype == "auto":
-            return "bfloat16" if self.training.bf16 else "float32"
-        return self.model.dtype
+        """Of what is trained: float32, as training itself, unless model.dtype says otherwise."""
+        return "float32" if self.model.dtype == "auto" else self.model.dtype
 
     def digest(self) -> str:
         return digest(self.model_dump(by_alias=True))

@@ -67,6 +67,9 @@ def resolve(
     tree = read_yaml(source)
     for override in overrides:
         _override(tree, override)
+    model = tree.get("model")
+    if isinstance(model, dict) and (template := _template(workspace, model.get("chat_template"))) is not None:
+        model["chat_template"] = template
     known = tree.get("iterations")
     if isinstance(known, dict):
         for number in range(1, max(len(known), iterations or 0) + 1):
@@ -133,7 +136,27 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree = tree[parent]
     if not isinstance(tree, dict):
         raise TpawError(f"override {override!r}: {last!r} is nested under a plain value, not a section")
-    tree[last] = _parse(YAML(typ="safe"), text, f"override {override!r}")
+    tree[last] = text if _is_text(key, text) else _parse(YAML(typ="safe"), text, f"override {override!r}")
+
+
+def _template(workspace: Workspace, given: Any) -> str | None:
+    """The text of the file that model.chat_template names, if it names one: DVC tracks values, not what they name."""
+    path = workspace.input(given) if isinstance(given, str) and "{" not in given else None
+    return path.read_text(encoding="utf-8") if path and path.is_file() else None
+
+
+def _is_text(key: str, text: str) -> bool:
+    """Whether an override means its characters as they are: a text's # or [ is not YAML's."""
+    model: Any = Params
+    for part in key.split("."):
+        fields = (
+            {field.alias or name: field for name, field in model.model_fields.items()} if _is_section(model) else {}
+        )
+        if part not in fields:
+            return False
+        model = fields[part].annotation
+    quoted = text[:1] in ("'", '"') and text[-1:] == text[:1] and len(text) > 1
+    return (model is str or model == (str | None)) and not quoted and text not in ("", "null", "~")
 
 
 def _explain(item: Any, source: str) -> str:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tpaw_core.data.tokens import Ids
-from tpaw_core.errors import TpawError
 
 
 class Response(NamedTuple):
@@ -21,27 +20,21 @@ class Response(NamedTuple):
 
 @dataclass(frozen=True)
 class Ending:
-    """How texts end: a target with ``eos_id``, a generated answer with any of ``stop_ids``."""
+    """How texts end: a target with ``end_id``, a generated answer with any of ``stop_ids``."""
 
-    eos_id: int
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> Ending:
-        """Raises TpawError for a tokenizer that has no EOS."""
-        if tokenizer.eos_token_id is None:
-            raise TpawError(f"{tokenizer.name_or_path}: its tokenizer has no EOS token, so no answer could ever end")
-        return cls(tokenizer.eos_token_id)
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        return (self.eos_id,)
+    end_id: int
+    stop_ids: tuple[int, ...]  # end_id among them
+    in_template: bool = False  # whether the chat template itself writes end_id after an answer
 
     def close(self, target: Ids) -> list[int]:
-        """The target with its end; `fit` may cut it off again."""
-        return [*target, self.eos_id]
+        """The target up to and with its first stop token; with ``end_id`` where it has none."""
+        for place, token in enumerate(target):
+            if token in self.stop_ids:
+                return list(target[: place + 1])
+        return [*target, self.end_id]
 
     def cut(self, answer: Sequence[int], room: int) -> Response:
-        """Removes what follows a stop id or exceeds ``room``; an answer without a stop id gets none."""
+        """Removes what follows a stop token or exceeds ``room``; an answer without one gets none."""
         ids = array("i", answer[:room])
         for place, token in enumerate(ids):
             if token in self.stop_ids:
@@ -59,6 +52,10 @@ def limits(prompts: Sequence[Ids], *, max_new_tokens: int, max_length: int) -> l
     return [min(max_new_tokens, max_length - len(prompt)) for prompt in prompts]
 
 
-def saved_stop_ids(model_config: Any) -> int | list[int] | None:
-    """What a checkpoint's generation_config.json tells other programs to stop at: the model's own."""
-    return model_config.eos_token_id
+def configured(*settings: Any) -> list[int]:
+    """The stop tokens that a model's config and generation config name, in that order."""
+    found: list[int] = []
+    for setting in settings:
+        own = getattr(setting, "eos_token_id", None)
+        found += own if isinstance(own, (list, tuple)) else [] if own is None else [own]
+    return [int(token) for token in dict.fromkeys(found)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 
-from tpaw_core.data.rows import Unusable
+from tpaw_core.data.messages import Unusable
 
 
 def as_prompt_and_equation(item: dict[str, str]) -> dict[str, str]:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tpaw_core.config.params import Data
-from tpaw_core.data import arithmetic
+from tpaw_core.data import arithmetic, sources
 from tpaw_core.data.mawps import as_prompt_and_equation
-from tpaw_core.data.rows import Row, Unusable, prompt_digest, refuse_if_too_many, usable_row
-from tpaw_core.data.sources import Source, is_file, read_file, read_hub
+from tpaw_core.data.messages import Unusable
+from tpaw_core.data.rows import Row, prompt_digest, refuse_if_too_many, usable_row
+from tpaw_core.data.sources import Source
 from tpaw_core.errors import TpawError
 from tpaw_core.workspace import files, records
 from tpaw_core.workspace.paths import Workspace
 from tpaw_core.workspace.records import Record
 
-AGAIN = "make data/ again with `tpaw data`"
+# `tpaw data` replaces what is in data/: what was put there by hand, no cache may hold.
+AGAIN = "move data/ away if rows in it are nowhere else, then run `tpaw data`"
 logger = logging.getLogger(__name__)
 
 
@@ -35,10 +36,13 @@ class Origin(Record):
 def prepare(workspace: Workspace, data: Data, seed: int) -> dict[str, int]:
     """Write data/train.jsonl and data/heldout.jsonl from the recipe's source. Returns the number of rows of each.
 
-    Reads: data.path (and heldout_path). Writes: data/. Refuses: a missing, empty or broken file, more than
-    data.max_skipped unusable rows, one prompt in both train and held-out.
+    Reads: data.path (and heldout_path). Writes: data/. Refuses: a source in data/, a missing, empty or broken file,
+    more than data.max_skipped unusable rows, one prompt in both train and held-out.
     """
-    made_from = _made_from(workspace, data, seed)
+    local = _local_sources(workspace, data)
+    for path in local:
+        _refuse_inside(workspace.data, path)
+    made_from = _made_from(local, data, seed)
     if (counts := _up_to_date(workspace, made_from)) is not None:
         return counts
     if data.path == "arithmetic":
@@ -47,21 +51,22 @@ def prepare(workspace: Workspace, data: Data, seed: int) -> dict[str, int]:
             {"prompt": problem, "completion": answer}
             for problem, answer in arithmetic.problems(train_count + heldout_count, seed)
         ]
-        sources = Source("arithmetic", pairs[:train_count]), Source("arithmetic", pairs[train_count:])
-    elif is_file(workspace.input(data.path)):
-        if data.heldout_path is None:
+        numbered = [(f"row {number}", pair) for number, pair in enumerate(pairs, start=1)]
+        train, heldout = (Source(data.path, part) for part in (numbered[:train_count], numbered[train_count:]))
+    elif local:
+        if len(local) == 1 and not sources.has_splits(local[0]):
             raise TpawError("data.heldout_path: name the file with the held-out rows")
-        sources = read_file(workspace.input(data.path)), read_file(workspace.input(data.heldout_path))
+        train, heldout = sources.read(local[0], data.train_split), sources.read(local[-1], data.heldout_split)
     else:
-        sources = read_hub(data, data.train_split), read_hub(data, data.heldout_split)
+        train, heldout = (sources.read_hub(data, split) for split in (data.train_split, data.heldout_split))
     paths = {"train": workspace.train_rows, "heldout": workspace.heldout_rows}
     if data.validation_rows is not None:
         paths["validation"] = workspace.validation_rows
     with ExitStack() as stack:
         aside = {name: stack.enter_context(workspace.publish(path)) for name, path in paths.items()}
         prompts: set[bytes] = set()
-        counts = {"train": _write(aside["train"], _noted(_usable(sources[0], data, data.max_train_rows), prompts))}
-        held = _apart(_usable(sources[1], data, data.max_heldout_rows), prompts, sources[1].name, data.drop_overlap)
+        counts = {"train": _write(aside["train"], _noted(_usable(train, data, data.max_train_rows), prompts))}
+        held = _apart(_usable(heldout, data, data.max_heldout_rows), prompts, heldout.name, data.drop_overlap)
         if data.validation_rows is not None:
             counts["validation"] = _write(aside["validation"], islice(held, data.validation_rows))
         counts["heldout"] = _write(aside["heldout"], held)
@@ -79,7 +84,7 @@ def _write(path: Path, rows: Iterable[Row]) -> int:
     count = 0
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+            file.write(row.text())
             count += 1
     return count
 
@@ -88,10 +93,33 @@ def _origin(workspace: Workspace) -> Path:
     return workspace.data / "origin.json"
 
 
-def _made_from(workspace: Workspace, data: Data, seed: int) -> str:
+def _local_sources(workspace: Workspace, data: Data) -> list[Path]:
+    """The files or folders that hold training rows and, where they are named, held-out rows; none: hub or generated."""
+    if data.path == "arithmetic" or not sources.is_local(workspace.input(data.path)):
+        return []
+    return [workspace.input(path) for path in (data.path, data.heldout_path) if path is not None]
+
+
+def _refuse_inside(folder: Path, source: Path) -> None:
+    """What is read from data/ would be replaced by what is made of it."""
+    made, given = folder.resolve(), source.resolve()
+    linked = [path for path in sources.files_of(given) if path.resolve().is_relative_to(made)]
+    if linked or given.is_relative_to(made) or (given.is_dir() and made.is_relative_to(given)):
+        what = f"lies in {folder}/" if given.is_relative_to(made) else f"holds files of {folder}/"
+        raise TpawError(
+            f"{source}: {what}, which `tpaw data` writes; move your rows to another folder and name them "
+            "in data.path and data.heldout_path. Nothing was changed"
+        )
+
+
+def _made_from(local: list[Path], data: Data, seed: int) -> str:
     """Digest of everything that decides the rows: settings, seed, and the bytes of local files."""
-    paths = [workspace.input(path) for path in (data.path, data.heldout_path) if path]
-    sums = [files.sha256(path) for path in paths if path.is_file()]
+    sums: list[Any] = []
+    for path in local:
+        if path.is_dir():
+            sums.append({file.relative_to(path).as_posix(): files.sha256(file) for file in sources.files_of(path)})
+        elif path.is_file():
+            sums.append(files.sha256(path))
     return files.digest([data.model_dump(exclude={"max_self_play_rows"}), seed, sums])
 
 
@@ -113,9 +141,7 @@ def verify(workspace: Workspace, *, must_exist: bool = False) -> None:
     for name, sha in records.read(files.need(origin, AGAIN), Origin, AGAIN).files.items():
         path = files.need(workspace.data / Path(name).name, AGAIN)
         if files.sha256(path) != sha:
-            raise TpawError(
-                f"{path}: has changed since `tpaw data` made it; rerun `tpaw data`, and do not edit it by hand"
-            )
+            raise TpawError(f"{path}: has changed since `tpaw data` made it; {AGAIN}, and do not edit it by hand")
 
 
 def _noted(rows: Iterable[Row], prompts: set[bytes]) -> Iterator[Row]:
@@ -151,14 +177,14 @@ def _usable(source: Source, data: Data, limit: int | None) -> Iterator[Row]:
     name, total, repeated = source.name, 0, 0
     reasons: list[str] = []
     seen: set[str] = set()
-    for number, item in enumerate(source.items, start=1):
+    for place, item in source.items:
         if limit is not None and len(seen) == limit:
             break
-        total = number
+        total += 1
         try:
             row = usable_row(as_prompt_and_equation(item) if data.format == "mawps" else item, data)
         except Unusable as reason:
-            reasons.append(f"row {number}: {reason}")
+            reasons.append(f"{place}: {reason}")
             continue
         if row.prompt_id in seen:
             repeated += 1

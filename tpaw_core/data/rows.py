@@ -11,37 +11,57 @@ from pathlib import Path
 from typing import Any
 
 from tpaw_core.config.params import Data
-from tpaw_core.data.sources import read_jsonl
+from tpaw_core.data.formats import read_json_lines
+from tpaw_core.data.layouts import read_conversation, read_tools
+from tpaw_core.data.messages import Message, Unusable
 from tpaw_core.errors import TpawError
 from tpaw_core.workspace import files
 
-Message = dict[str, str]
+REQUIRED, OPTIONAL = ("prompt_id", "prompt", "completion"), ("tools", "answer")
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Row:
-    prompt_id: str  # digest of prompt and completion
+    prompt_id: str  # digest of what follows
     prompt: list[Message]
-    completion: str
+    completion: str  # the target: the content of the assistant's last turn
+    tools: list[Any] | None = None  # for the chat template
+    answer: Message | None = None  # what the assistant's last turn has beside role and content
 
+    @property
+    def conversation(self) -> list[Message]:
+        """The prompt with the assistant's whole last turn."""
+        return [*self.prompt, {"role": "assistant", "content": self.completion, **(self.answer or {})}]
 
-class Unusable(ValueError):
-    """One row that cannot be used, and why."""
+    def text(self) -> str:
+        """The row's line in data/."""
+        more = {name: value for name in OPTIONAL if (value := getattr(self, name)) is not None}
+        return json.dumps({**{name: getattr(self, name) for name in REQUIRED}, **more}, ensure_ascii=False) + "\n"
 
 
 def prompt_digest(row: Row) -> bytes:
-    return hashlib.sha256(json.dumps(row.prompt).encode()).digest()
+    """The same for prompts that ask the same: the ids that tie a tool's result to its call are drawn anew each time."""
+    asked = [_without_ids(message) for message in row.prompt]
+    return hashlib.sha256(json.dumps([asked, row.tools], sort_keys=True).encode()).digest()
+
+
+def _without_ids(message: Message) -> Message:
+    kept = {key: value for key, value in message.items() if key not in ("id", "tool_call_id")}
+    if isinstance(calls := kept.get("tool_calls"), list):
+        kept["tool_calls"] = [_without_ids(call) if isinstance(call, dict) else call for call in calls]
+    return kept
 
 
 def read_rows(path: Path) -> Iterator[Row]:
     """The rows of data/train.jsonl or data/heldout.jsonl, one at a time."""
     files.need(path, "make it with `tpaw data`")
-    empty = True
-    for row in read_jsonl(path):
-        empty = False
-        yield Row(**{k: row[k] for k in ("prompt_id", "prompt", "completion")})
-    if empty:
+    number = 0
+    for number, row in enumerate(read_json_lines(path), start=1):
+        if not isinstance(row, dict) or not all(name in row for name in REQUIRED):
+            raise TpawError(f"{path}: row {number} lacks {', '.join(REQUIRED)}; name your rows in data.path instead")
+        yield Row(**{name: row[name] for name in (*REQUIRED, *OPTIONAL) if name in row})
+    if not number:
         raise TpawError(f"{path}: holds no rows; make it again with `tpaw data`")
 
 
@@ -59,33 +79,30 @@ def usable_row(item: Any, data: Data) -> Row:
     """One item of a source as a row. Raises Unusable."""
     if not isinstance(item, dict):
         raise Unusable(f"is {type(item).__name__}, not an object with named fields")
-    if isinstance(item.get("messages"), list):
-        *prompt, last = item["messages"] or [None]
-        if not prompt or not isinstance(last, dict) or last.get("role") != "assistant":
-            raise Unusable("'messages' must hold a prompt and end with the assistant's target")
-        completion = last.get("content")
-    else:
-        for column in (data.prompt_column, data.completion_column):
-            if item.get(column) is None:
-                raise Unusable(f"has no {column!r}; fields are {', '.join(map(str, item)) or 'none'}")
-        prompt, completion = item[data.prompt_column], item[data.completion_column]
-        if isinstance(completion, list):
-            completion = (
-                completion[0].get("content") if len(completion) == 1 and isinstance(completion[0], dict) else None
-            )
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(completion, str) or not completion.strip():
+    messages, tools = read_conversation(item, data), read_tools(item)
+    *prompt, last = [{key: value for key, value in m.items() if key != "weight"} for m in messages]
+    _refuse_weight(messages[-1].get("weight", 1))
+    answer = {key: value for key, value in last.items() if key not in ("role", "content")} or None
+    completion = last["content"]
+    if not completion.strip():
+        if answer and "tool_calls" in answer:
+            raise Unusable("its last turn calls a tool and says nothing, so there is no text to train on")
         raise Unusable("its target is empty")
-    if not isinstance(prompt, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt
-    ):
-        raise Unusable("its prompt is neither text nor a list of messages with role and content")
-    messages = [{"role": str(m.get("role", "user")), "content": m["content"]} for m in prompt]
-    if not any(m["content"].strip() for m in messages):
+    if not any(message["content"].strip() for message in prompt):
         raise Unusable("its prompt is empty")
+    more = [] if tools is None and answer is None else [tools, answer]
     try:
-        identity = hashlib.sha256(json.dumps([messages, completion], ensure_ascii=False).encode()).hexdigest()[:16]
+        identity = json.dumps([prompt, completion, *more], ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         raise Unusable("holds a character that is not valid Unicode (a lone surrogate)") from None
-    return Row(identity, messages, completion)
+    except (TypeError, ValueError, RecursionError) as error:  # a date or bytes of Parquet, a number that is not finite
+        raise Unusable(f"holds a value that JSON cannot hold ({error})") from None
+    return Row(hashlib.sha256(identity).hexdigest()[:16], prompt, completion, tools, answer)
+
+
+def _refuse_weight(weight: Any) -> None:
+    """OpenAI's weight of the target: 0 or 1."""
+    if weight == 0:
+        raise Unusable("its answer has weight 0, so it is not to be trained on")
+    if weight != 1:
+        raise Unusable(f"its answer has weight {weight!r}; known are 0 and 1")

@@ -1,89 +1,135 @@
-"""Where rows come from: JSON lines, Parquet, CSV or a data set of the hub, one item at a time."""
+"""Where rows come from: a file, a folder of shards, a data set of `save_to_disk` or of the hub; one item at a time."""
 
 from __future__ import annotations
 
-import csv
-import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tpaw_core.config.params import Data
+from tpaw_core.data.formats import FORMATS, has_format, read_file, without_nulls
 from tpaw_core.errors import TpawError
-from tpaw_core.workspace import files
+
+BESIDE_SHARDS = re.compile(
+    r"\.|readme|licen[cs]e|notice|citation|dataset_infos?\.json|_success|_(common_)?metadata|.*\.md$", re.IGNORECASE
+)
+SPLIT = re.compile(r"(?:^|/)((?:train|test|validation|valid|val|dev|eval|heldout)(?:_[a-z]+)*)(?![a-z])")
 
 
 class Source(NamedTuple):
     name: str  # for messages
-    items: Iterable[Any]
+    items: Iterable[tuple[str, Any]]  # each with its place: row 5, or b.jsonl: row 5
 
 
-def is_file(path: Path) -> bool:
-    """Whether a recipe means a file; anything else is a hub id."""
-    return path.exists() or path.suffix in (".jsonl", ".json", ".parquet", ".csv")
+def is_local(path: Path) -> bool:
+    """Whether a recipe means a file or a folder; anything else is a hub id."""
+    return path.exists() or has_format(path)
 
 
-def read_file(path: Path) -> Source:
-    files.need(path, "fix data.path or data.heldout_path, or put the file there")
-    if path.stat().st_size == 0:
-        raise TpawError(f"{path}: is empty; it needs one row per line")
-    read = {".csv": _csv, ".parquet": _parquet}.get(path.suffix, read_jsonl)
-    return Source(str(path), read(path))
+def read(path: Path, split: str) -> Source:
+    """The rows of a file or a folder; ``split``: which, where a folder holds several."""
+    if not path.is_dir():
+        return Source(str(path), _numbered(read_file(path)))
+    if (path / "dataset_dict.json").exists():
+        if not (path / split).is_dir():
+            raise TpawError(f"{path}: has no split {split!r}; name one in data.train_split or data.heldout_split")
+        return Source(f"{path}[{split}]", _numbered(_saved(path / split)))
+    if (path / "state.json").exists():
+        return Source(str(path), _numbered(_saved(path)))
+    return Source(str(path), _sharded(path, _shards(path, split)))
 
 
-def _csv(path: Path) -> Iterator[Any]:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        try:
-            yield from rows
-        except csv.Error as error:
-            raise TpawError(f"{path}: line {rows.reader.line_num} is not CSV ({error})") from None
-        except UnicodeDecodeError as error:
-            raise TpawError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+def has_splits(path: Path) -> bool:
+    """Whether a folder holds training and held-out rows apart."""
+    return path.is_dir() and ((path / "dataset_dict.json").exists() or len(_splits(path).keys() - {None}) > 1)
 
 
-def _parquet(path: Path) -> Iterator[Any]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        if not file.schema_arrow.names:  # its batches would end the process
-            raise ValueError("it has no columns")
-        for batch in file.iter_batches(batch_size=1000):
-            yield from batch.to_pylist()
-    except (pyarrow.ArrowException, ValueError, OSError) as error:
-        raise TpawError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
-
-
-def read_jsonl(path: Path) -> Iterator[Any]:
-    number = 0
-    with path.open(encoding="utf-8") as file:
-        try:
-            for line in file:
-                number += 1
-                if line.strip():
-                    yield json.loads(line)
-        except json.JSONDecodeError as error:
-            what = f"line {number} is not JSON ({error.msg})"
-            raise TpawError(f"{path}: {what}; each line must be one JSON object") from None
-        except UnicodeDecodeError as error:
-            raise TpawError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
-            raise TpawError(f"{path}: line {number} cannot be read ({str(error).split(';')[0]})") from None
+def files_of(path: Path) -> list[Path]:
+    """The files whose bytes decide a source's rows."""
+    if path.is_file():
+        return [path]
+    found = sorted(path.rglob("*"))
+    for linked in found:
+        if linked.is_symlink() and linked.is_dir():  # rglob does not look into it
+            raise TpawError(f"{linked}: is a link to a folder, which is not followed; name the folder itself")
+    return [file for file in found if file.is_file()]
 
 
 def read_hub(data: Data, split: str) -> Source:
     import datasets
 
     try:
-        return Source(f"{data.path}[{split}]", datasets.load_dataset(data.path, data.dataset_config, split=split))
+        rows = datasets.load_dataset(data.path, data.dataset_config, split=split)
     except Exception as error:  # the library raises a dozen kinds; all mean the same here
         offline = " HF_HUB_OFFLINE is set: unset it, or name a local file." if os.environ.get("HF_HUB_OFFLINE") else ""
         raise TpawError(
-            f"data.path {data.path!r}, split {split!r}: cannot be loaded from the hub.{offline} {_first(error)}"
+            f"data.path {data.path!r}, split {split!r}: is no file or folder here and cannot be loaded from the hub."
+            f"{offline} {_first(error)}"
         ) from None
+    name = f"{data.path}[{split}]"
+    return Source(name, _numbered(_decoded(rows, name)))
+
+
+def _numbered(items: Iterable[Any], shard: Path | None = None) -> Iterator[tuple[str, Any]]:
+    for number, item in enumerate(items, start=1):
+        yield f"{shard}, row {number}" if shard else f"row {number}", item
+
+
+def _sharded(folder: Path, shards: list[Path]) -> Iterator[tuple[str, Any]]:
+    for shard in shards:
+        yield from _numbered(read_file(shard), shard.relative_to(folder))
+
+
+def _saved(folder: Path) -> Iterator[Any]:
+    """A data set of `datasets.save_to_disk`."""
+    import datasets
+
+    try:
+        rows = datasets.load_from_disk(str(folder))
+    except Exception as error:  # as above
+        raise TpawError(f"{folder}: cannot be read as a data set of `save_to_disk`. {_first(error)}") from None
+    yield from _decoded(rows, str(folder))
+
+
+def _decoded(rows: Iterable[Any], name: str) -> Iterator[Any]:
+    try:
+        yield from map(without_nulls, rows)
+    except Exception as error:  # a picture or a sound needs packages that are not installed
+        raise TpawError(f"{name}: its rows cannot be read. {_first(error)}") from None
+
+
+def _shards(folder: Path, split: str) -> list[Path]:
+    """Every file of a folder in the order of their names, or those of one split. Refuses a file of another format."""
+    splits = _splits(folder)
+    shards = [path for paths in splits.values() for path in paths]
+    if len(splits) > 1:
+        named = ", ".join(sorted(name for name in splits if name))
+        if None in splits:
+            what = f"holds files of the split {named}, and {splits[None][0].name}, whose name says no split"
+            raise TpawError(f"{folder}: {what}; give one of them a folder of its own")
+        if split not in splits:
+            what = f"holds the splits {named}, not {split}"
+            raise TpawError(f"{folder}: {what}; set data.train_split and data.heldout_split")
+        shards = splits[split]
+    if not shards:
+        raise TpawError(f"{folder}: holds no file of rows; formats that are read: {FORMATS}")
+    for path in shards:
+        if not has_format(path):
+            raise TpawError(f"{path}: is in none of the formats that are read ({FORMATS}); take it out of the folder")
+    return sorted(shards)
+
+
+def _splits(folder: Path) -> dict[str | None, list[Path]]:
+    """A folder's files by the split in their name or in their folder's: train-00000-of-00002.parquet, test/0.jsonl."""
+    found: dict[str | None, list[Path]] = {}
+    for path in files_of(folder):
+        name = path.relative_to(folder)
+        if not any(BESIDE_SHARDS.match(part) for part in name.parts):
+            split = SPLIT.search(name.as_posix().lower())
+            found.setdefault(split and split[1], []).append(path)
+    return found
 
 
 def _first(error: Exception) -> str:

@@ -130,9 +130,12 @@ def attend_flex(
     *,
     scaling: float,
     layout: Layout,
+    dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The same by FlexAttention: nothing is padded, and blocks in which no token sees another are skipped."""
+    if dropout:  # FlexAttention has none
+        return attend(module, query, key, value, attention_mask, scaling=scaling, layout=layout, dropout=dropout)
     flex = _compiled() if query.is_cuda else flex_attention
     query, key, value = (x.to(value.dtype) for x in (query, key, value))
     mask = _once(_block_mask, layout)

@@ -95,9 +95,21 @@ def token_logps(
 
 def response_logps(model: PreTrainedModel, pack: Pack) -> Tensor:
     """log pi(response | prompt) [S] in float32, with gradient where the model's parameters have one."""
+    tokens = _by_logits(model, pack) if pack.by_logits else _by_hidden(model, pack)
+    return tokens.new_zeros(pack.responses).index_add(0, pack.sequence, tokens)
+
+
+def _by_logits(model: PreTrainedModel, pack: Pack) -> Tensor:
+    """For any model: each token's log-probability [N] from its own logits, all of which are in memory at once."""
+    # While it is trained, `model.forward` is `response_logps`.
+    logits = type(model).forward(model, **pack.inputs, use_cache=False).logits
+    return -cross_entropy(logits.flatten(0, 1).index_select(0, pack.source).float(), pack.target, reduction="none")
+
+
+def _by_hidden(model: PreTrainedModel, pack: Pack) -> Tensor:
     hidden = model.base_model(**pack.inputs, use_cache=False).last_hidden_state
     head, config = model.get_output_embeddings(), model.config.get_text_config()
-    tokens = token_logps(
+    return token_logps(
         hidden.flatten(0, 1).index_select(0, pack.source),
         head.weight,
         pack.target,
@@ -105,8 +117,8 @@ def response_logps(model: PreTrainedModel, pack: Pack) -> Tensor:
         scale=_scale(config),
         cap=getattr(config, "final_logit_softcapping", None),
     )
-    return tokens.new_zeros(pack.responses).index_add(0, pack.sequence, tokens)
 
 
 def _scale(config: Any) -> float:
-    return getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
+    return scale or 1 / (getattr(config, "logits_scaling", None) or 1)

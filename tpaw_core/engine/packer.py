@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from torch import Tensor
 from tpaw_core.engine import attention, packing
 from tpaw_core.engine.logps import response_logps
 from tpaw_core.engine.packing import Pack, PromptGroup
-from tpaw_core.errors import TpawError
+from tpaw_core.errors import Diverged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,55 +28,73 @@ Packer = Callable[[Sequence[PromptGroup]], Pack]
 def packer(model: PreTrainedModel, groups: Iterable[PromptGroup], pad_id: int) -> Iterator[Packer]:
     """How ``model`` takes such groups: with the prompt shared where its attention can do that, otherwise as plain rows.
 
-    Raises TpawError where log-probabilities made from its hidden states are not those of its logits.
+    Raises Diverged for a model whose log-probabilities are not numbers.
     """
     longest = max((len(p) + max(map(len, responses), default=0) for p, responses in groups), default=0)
-    expected = _plain_logps(model, pad_id)
+    expected, by_logits = _plain_logps(model, pad_id)
     if (reason := attention.reason_not_packable(model, longest)) is None:
-        name = next((way for way in attention.packed_attentions(model) if _agrees(model, way, expected)), "")
+        ways = attention.packed_attentions(model)
+        name = next((way for way in ways if _agrees(model, way, expected, by_logits)), "")
         reason = None if name else "its attention does not allow it"
     if reason is not None:
         logger.info("%s: prompts are not shared among responses, as %s", type(model).__name__, reason)
-        yield lambda groups: packing.pad(groups, pad_id)
+        yield lambda groups: packing.pad(groups, pad_id)._replace(by_logits=by_logits)
         return
     with attention.packed(model, name):
-        yield packing.pack
+        yield lambda groups: packing.pack(groups)._replace(by_logits=by_logits)
 
 
 PROBE: list[PromptGroup] = [([1, 2, 3], [[4, 5, 6], [7, 8]]), ([9, 3], [[2, 5, 4, 8]])]
 
 
 @torch.no_grad()
-def _plain_logps(model: PreTrainedModel, pad_id: int) -> Tensor:
-    """PROBE's log-probabilities by the plain forward pass. Raises TpawError where its hidden states give others."""
+def _plain_logps(model: PreTrainedModel, pad_id: int) -> tuple[Tensor, bool]:
+    """PROBE's log-probabilities by the plain forward pass, and whether only the model's own logits give them."""
     plain = packing.pad(PROBE, pad_id).to(model.device)
     with evaluating(model):
-        logits = model(**plain.inputs, use_cache=False).logits.flatten(0, 1)[plain.source].float()
-        by_hidden = response_logps(model, plain)
-    tokens = logits.log_softmax(-1).gather(-1, plain.target[:, None]).squeeze(-1)
-    expected = tokens.new_zeros(plain.responses).index_add(0, plain.sequence, tokens)
-    if not _near(model, by_hidden, expected):
-        raise TpawError(
-            f"{type(model).__name__}: its log-probabilities cannot be made from its hidden states "
-            f"({by_hidden.tolist()} where its logits give {expected.tolist()}); this model is not supported"
-        )
-    return expected
+        expected = response_logps(model, plain._replace(by_logits=True))
+        if not expected.isfinite().all():
+            raise Diverged(
+                f"{type(model).__name__}: its log-probabilities in {str(model.dtype).removeprefix('torch.')} are not "
+                "numbers; set model.dtype=float32, or get another copy of its weights"
+            )
+        try:
+            reason = _unknown_cap(model)
+            if reason is None and not _near(model, response_logps(model, plain), expected):
+                reason = "its hidden states and output projection do not give its logits"
+        except Exception as error:  # whatever a model lacks here, its own forward pass has it
+            reason = _first_line(error)
+    if reason is not None:
+        logger.info("%s: its own logits are used, which takes more memory, as %s", type(model).__name__, reason)
+    return expected, reason is not None
+
+
+def _unknown_cap(model: PreTrainedModel) -> str | None:
+    """A cap on logits is invisible in logits as small as a probe's; this one's name says what it caps."""
+    known = {"attn_logit_softcapping", "final_logit_softcapping"}
+    config = model.config.get_text_config()
+    caps = (name for name, value in vars(config).items() if re.search("soft_?cap", name) and value)
+    return next((f"its config has {name}" for name in caps if name not in known), None)
 
 
 @torch.no_grad()
-def _agrees(model: PreTrainedModel, name: str, expected: Tensor) -> bool:
+def _agrees(model: PreTrainedModel, name: str, expected: Tensor, by_logits: bool) -> bool:
     """Whether PROBE gets the same log-probabilities with this attention."""
     try:
         with evaluating(model), attention.packed(model, name):
-            found = response_logps(model, packing.pack(PROBE).to(model.device))
-    except RuntimeError as error:  # torch.compile's errors, where a kernel cannot be made
-        logger.info("%s: %s is not used (%s)", type(model).__name__, name, str(error).splitlines()[0])
+            found = response_logps(model, packing.pack(PROBE).to(model.device)._replace(by_logits=by_logits))
+    except Exception as error:  # a model that ignores the layout, a kernel that cannot be made
+        logger.info("%s: %s is not used (%s)", type(model).__name__, name, _first_line(error))
         return False
     return _near(model, found, expected)
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _near(model: PreTrainedModel, found: Tensor, expected: Tensor) -> bool:
-    near = 1e-3 if model.dtype == torch.float32 else 5e-2
+    near = 1e-4 if model.dtype == torch.float32 else 5e-2
     return torch.allclose(found, expected, rtol=near, atol=near)
 
 

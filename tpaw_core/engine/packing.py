@@ -41,6 +41,7 @@ class Pack(NamedTuple):
     target: Tensor  # [N] the token
     sequence: Tensor  # [N] -> S, the response it belongs to
     responses: int  # S
+    by_logits: bool = False  # whether the model's own logits are needed, as its hidden states do not give them
 
     def to(self, device: torch.device) -> Pack:
         return Pack(*(_moved(part, device) for part in self))

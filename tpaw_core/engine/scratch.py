@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 
 EOS, PAD = "<eos>", "<pad>"
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['content'] + (eos_token if message['role'] == 'assistant' else '\\n') }}"
+    "{% endfor %}"
+)
 
 
 def tokenizer(texts: Iterable[str], settings: Scratch, max_length: int) -> PreTrainedTokenizerBase:

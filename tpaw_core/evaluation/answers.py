@@ -4,27 +4,46 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tpaw_core.artifacts.metrics import Sample
-from tpaw_core.data.encoding import render
-from tpaw_core.data.endings import Ending
 from tpaw_core.errors import TpawError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tpaw_core.config.params import Evaluation
+    from tpaw_core.data.encoding import EncodedRows
+    from tpaw_core.data.endings import Ending
     from tpaw_core.data.rows import Row
-
 
 HELDOUT, METRIC = "heldout", "exact_match"
 OWN = (HELDOUT, "validation")  # each on the rows of data/<name>.jsonl
+AS_GSM8K = {
+    "ignore_case": True,
+    "regexes_to_ignore": [",", r"\$", r"\.$"],
+}  # "$1,000." is 1000, as in the harness's task
 
 
-def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Evaluation, max_length: int) -> Any:
+class Heldout(NamedTuple):
+    """The rows of a task of our own, as texts and as token ids."""
+
+    rows: list[Row]
+    encoded: EncodedRows
+
+
+def engine(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Mapping[str, Heldout],
+    settings: Evaluation,
+    *,
+    max_length: int,
+    ending: Ending,
+    pad_id: int,
+) -> Any:
     """The harness's model for tasks of our own: greedy answers by the generation that training uses."""
     from lm_eval.models.huggingface import HFLM
 
@@ -32,51 +51,62 @@ def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings:
     from tpaw_core.engine.generation import in_process
 
     greedy = Generation(temperature=0, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size)
+    # The room for the answer is not cut from the prompt, as far as the model's positions reach.
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
+    room = max(max_length, min(longest, max_length + settings.max_new_tokens))
 
     class Engine(HFLM):
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            # Prompts come rendered, so no BOS is added; the room for the answer is not cut from the prompt.
-            texts = [request.args[0] for request in requests]
-            prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-            answers = in_process.generate(
-                model,
-                prompts,
-                greedy,
-                max_length=max_length + settings.max_new_tokens,
-                ending=Ending.of(tokenizer),
-                pad_id=tokenizer.pad_token_id,
-                seed=0,
-            )
-            return list(tokenizer.batch_decode([list(a.ids) for a in answers], skip_special_tokens=True))
+            docs = [request.doc for request in requests]
+            prompts = [tasks[doc["task"]].encoded.prompts[doc["number"]] for doc in docs]
+            answers = in_process.generate(model, prompts, greedy, max_length=room, ending=ending, pad_id=pad_id, seed=0)
+            ids = [list(a.ids[:-1] if a.finish_reason == "stop" else a.ids) for a in answers]
+            return list(tokenizer.batch_decode(ids, skip_special_tokens=True))
 
     return Engine(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, max_length=max_length)
 
 
 def answer(text: str, pattern: str) -> str | None:
-    """The answer that ``pattern`` finds in a completion; its first group if it has one."""
+    """The answer that ``pattern`` finds in a completion: of its groups, if it has any, the first that matched."""
     match = re.search(pattern, text)
-    return match and (match.group(1) if match.re.groups else match.group()).strip()
+    return match and next((group for group in match.groups() if group), match.group()).strip()
+
+
+def targets(name: str, rows: Sequence[Row], places: Sequence[int], settings: Evaluation) -> list[str]:
+    """The answer in each row's target. Raises TpawError for the first row, by its place in data/, that holds none."""
+    found = []
+    for row, place in zip(rows, places, strict=True):
+        target = answer(row.completion, settings.answer_pattern)
+        if target is None:
+            raise TpawError(
+                f"data/{name}.jsonl: row {place + 1}: evaluation.answer_pattern {settings.answer_pattern!r} "
+                "finds no answer in its target; fix the pattern or the row"
+            )
+        found.append(target)
+    return found
 
 
 def write_task(
-    folder: Path, name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, settings: Evaluation
+    folder: Path, name: str, held: Heldout, tokenizer: PreTrainedTokenizerBase, settings: Evaluation
 ) -> None:
-    """A task of our own: prompts rendered here, so the harness tokenises what generation and training tokenise."""
-    with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-        for number, row in enumerate(rows, start=1):
-            target = answer(row.completion, settings.answer_pattern)
-            if target is None:
-                raise TpawError(
-                    f"data/{name}.jsonl: row {number}: evaluation.answer_pattern {settings.answer_pattern!r} "
-                    "finds no answer in its target; fix the pattern or the row"
-                )
-            file.write(
-                json.dumps({"text": render(row.prompt, tokenizer), "answer": target, "target": row.completion}) + "\n"
-            )
+    """A task of our own. Its documents are Parquet: a JSON reader would turn a target like 2024-05-05 into a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [held.rows[place] for place in held.encoded.places]
+    found = targets(name, rows, held.encoded.places, settings)
+    documents = {
+        "task": pa.array([name] * len(rows), pa.string()),
+        "number": pa.array(range(len(rows)), pa.int64()),
+        "text": pa.array([tokenizer.decode(list(ids)) for ids in held.encoded.prompts], pa.string()),
+        "answer": pa.array(found, pa.string()),
+        "target": pa.array([row.completion for row in rows], pa.string()),
+    }
+    pq.write_table(pa.table(documents), folder / f"{name}.parquet")
     task = {
         "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}, "cache_dir": str(folder / "cache")},
+        "dataset_path": "parquet",
+        "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.parquet")}, "cache_dir": str(folder / "cache")},
         "test_split": "test",
         "output_type": "generate_until",
         "doc_to_text": "text",
@@ -93,7 +123,7 @@ def write_task(
                 ],
             }
         ],
-        "metric_list": [{"metric": METRIC, "aggregation": "mean", "higher_is_better": True}],
+        "metric_list": [{"metric": METRIC, "aggregation": "mean", "higher_is_better": True, **AS_GSM8K}],
         "metadata": {"version": 1},
     }
     (folder / f"{name}.yaml").write_text(json.dumps(task))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tpaw_core.config.params import Evaluation
-    from tpaw_core.data.rows import Row
+    from tpaw_core.data.endings import Ending
+    from tpaw_core.evaluation.answers import Heldout
 
 
 class Results(NamedTuple):
@@ -28,13 +29,15 @@ class Results(NamedTuple):
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Mapping[str, Sequence[Row]],
+    held: Mapping[str, Heldout],
     settings: Evaluation,
     *,
+    ending: Ending,
+    pad_id: int,
     max_length: int,
     seed: int,
 ) -> Results:
-    """Run ``settings.tasks``; greedy decoding on the ``rows`` of our own, each other task as the harness defines it.
+    """Run ``settings.tasks``; greedy decoding on the ``held`` rows, each other task as the harness has it.
 
     Raises TpawError for a task the harness does not know, or a primary metric that the results do not hold.
     """
@@ -43,22 +46,21 @@ def evaluate(
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is not a name
-    if settings.primary in OWN and settings.metric != METRIC:
-        raise TpawError(f"evaluation.metric: {settings.primary} is scored by {METRIC}, not by {settings.metric!r}")
+    if (reason := next(reasons(settings), None)) is not None:
+        raise TpawError(reason)
     found: dict[str, Any] = {}
     sampled: list[Any] = []
     if own := [task for task in settings.tasks if task in OWN]:
         with tempfile.TemporaryDirectory(prefix="tpaw-evaluation-") as folder:
             for task in own:
-                write_task(Path(folder), task, rows[task], tokenizer, settings)
+                write_task(Path(folder), task, held[task], tokenizer, settings)
             tasks = TaskManager(include_path=folder, include_defaults=False).load(own)
-            results = evaluator.evaluate(engine(model, tokenizer, settings, max_length), tasks, limit=settings.limit)
+            own_model = engine(model, tokenizer, held, settings, max_length=max_length, ending=ending, pad_id=pad_id)
+            results = evaluator.evaluate(own_model, tasks, limit=settings.limit)
         found.update(_plain(results))
         sampled = results["samples"].get(HELDOUT, [])
     if others := [task for task in settings.tasks if task not in OWN]:
         manager = TaskManager()
-        if unknown := [task for task in others if task not in manager.all_tasks]:
-            raise TpawError(f"evaluation.tasks: lm-evaluation-harness has no task named {unknown[0]!r}")
         results = simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, max_length=max_length),
             tasks=others,
@@ -73,6 +75,19 @@ def evaluate(
         )
         found.update(_plain(results))
     return Results(_primary(found, settings), found, [sample_of(s) for s in sampled])
+
+
+def reasons(settings: Evaluation) -> Iterator[str]:
+    """Why these settings cannot be evaluated."""
+    if settings.primary in OWN and settings.metric != METRIC:
+        yield f"evaluation.metric: {settings.primary} is scored by {METRIC}, not by {settings.metric!r}"
+    if others := [task for task in settings.tasks if task not in OWN]:
+        from lm_eval.tasks import TaskManager
+
+        known = TaskManager().all_tasks
+        for task in others:
+            if task not in known:
+                yield f"evaluation.tasks: lm-evaluation-harness has no task named {task!r}"
 
 
 def _plain(results: Any) -> dict[str, dict[str, int | float]]:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 MOSTLY_EQUAL = 0.9
+MOSTLY_KEPT = 0.9
 NEWEST_TARGET = "players/0/rewards/chosen"
 
 
@@ -19,6 +20,16 @@ def of_answers(equal: float) -> str | None:
     return (
         f"{equal:.0%} of the answers equal their target, so there is little left to learn from: lower "
         "sft.num_train_epochs, or use rows that the model has not memorised"
+    )
+
+
+def of_storage(kept: float, dtype: str) -> str | None:
+    """``kept``: the share of its update that a checkpoint keeps when it is stored in ``dtype``."""
+    if kept >= MOSTLY_KEPT:
+        return None
+    return (
+        f"stored in {dtype}, the checkpoint keeps {kept:.2g} of what training changed, and rounding removes the rest: "
+        "set model.dtype=float32 and train again (generation.dtype decides what generation computes in)"
     )
 
 

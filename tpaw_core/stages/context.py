@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tpaw_core.artifacts import checkpoint
+from tpaw_core.artifacts.encoded import read_encoded
 from tpaw_core.config.params import Params
-from tpaw_core.data import prepare
 from tpaw_core.data.rows import Row, read_rows
 from tpaw_core.errors import TpawError
 from tpaw_core.method.team import Candidate
+from tpaw_core.workspace import files
 from tpaw_core.workspace.paths import Workspace
 
 if TYPE_CHECKING:
@@ -44,18 +45,24 @@ class Context:
         """The training rows that self-play uses."""
         return islice(read_rows(self.workspace.train_rows), self.params.data.max_self_play_rows)
 
-    def encoded(self, tokenizer: Any, rows: Iterable[Row] | None = None) -> EncodedRows:
-        """``rows``, by default those that play, as token ids."""
-        from tpaw_core.data import encoding
+    def encoded(self) -> EncodedRows:
+        """The rows that self-play uses, as token ids."""
+        return read_encoded(self.workspace, "train", self.params.data.max_self_play_rows)
 
-        prepare.verify(self.workspace)
-        return encoding.encode(
-            self.playing() if rows is None else rows,
-            tokenizer,
-            max_length=self.params.model.max_length,
-            max_skipped=self.params.data.max_skipped,
-            name=str(self.workspace.train_rows),
-        )
+    @property
+    def encoded_digest(self) -> str:
+        """Of the encoded training rows: what is made from them carries it."""
+        return files.sha256(self.workspace.encoded("train"))
+
+    @property
+    def rows(self) -> tuple[Path, Path]:
+        """The training rows as texts and as token ids, as a manifest names them."""
+        return self.workspace.train_rows, self.workspace.encoded("train")
+
+    def source(self, name: str) -> str:
+        """A base model: the folder of this name, if there is one, else a hub id."""
+        folder = self.workspace.input(name)
+        return str(folder) if folder.exists() else name
 
     def candidates(self, before: int) -> list[Candidate]:
         """The checkpoints before ``before`` that are in the registry or, without one, in checkpoints/."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 
 from tpaw_core.artifacts import checkpoint
+from tpaw_core.artifacts.encoded import read_encoded, read_encoding
 from tpaw_core.artifacts.metrics import Metrics, write_metrics
 from tpaw_core.artifacts.training_log import last_quarter
-from tpaw_core.data import prepare
 from tpaw_core.data.rows import read_rows
 from tpaw_core.stages.context import Context
 
@@ -18,22 +18,30 @@ logger = logging.getLogger(__name__)
 def evaluate(context: Context, iteration: int) -> None:
     """Benchmarks of checkpoint t.
 
-    Reads: checkpoints/<t>, training/<t>.jsonl, data/heldout.jsonl (and validation.jsonl). Writes: metrics/<t>.json,
-    samples/<t>.jsonl. Refuses: an unknown benchmark, a held-out target in which the pattern finds no answer.
+    Reads: checkpoints/<t>, training/<t>.jsonl, encoded/, data/heldout.jsonl (and validation.jsonl). Writes:
+    metrics/<t>.json, samples/<t>.jsonl. Refuses: an unknown benchmark, a held-out target in which the pattern finds no
+    answer.
     """
+    from tpaw_core.engine import precision
     from tpaw_core.evaluation import answers, harness
+    from tpaw_core.evaluation.answers import Heldout
 
     workspace, params = context.workspace, context.params
     with workspace.exclusive(f"evaluate {iteration}"):
-        folder = workspace.checkpoint(iteration)
+        folder, encoding = workspace.checkpoint(iteration), read_encoding(workspace)
         manifest = checkpoint.verify(workspace, iteration)
-        prepare.verify(workspace)
         tasks = [task for task in answers.OWN if task in params.evaluation.tasks]
+        held = {
+            name: Heldout(list(read_rows(workspace.data / f"{name}.jsonl")), read_encoded(workspace, name))
+            for name in tasks
+        }
         results = harness.evaluate(
-            checkpoint.load_model(folder),
+            checkpoint.load_model(folder, dtype=precision.of_generation(params.generation.dtype)),
             checkpoint.load_tokenizer(folder),
-            {task: list(read_rows(workspace.data / f"{task}.jsonl")) for task in tasks},
+            held,
             params.evaluation,
+            ending=encoding.ending,
+            pad_id=encoding.pad_id,
             max_length=params.model.max_length,
             seed=params.seed,
         )

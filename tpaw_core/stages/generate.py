@@ -6,8 +6,8 @@ import logging
 from typing import Any
 
 from tpaw_core.artifacts import checkpoint
+from tpaw_core.artifacts.encoded import read_encoding
 from tpaw_core.artifacts.synthetic import write_synthetic
-from tpaw_core.data.endings import Ending
 from tpaw_core.method import early_warnings
 from tpaw_core.stages.context import Context
 
@@ -17,8 +17,10 @@ logger = logging.getLogger(__name__)
 def generate(context: Context, iteration: int) -> None:
     """One answer of checkpoint t-1 to every training prompt: the synthetic data of iteration t.
 
-    Reads: checkpoints/<t-1>, data/train.jsonl. Writes: synthetic/<t>.parquet. Refuses: a missing or damaged parent.
+    Reads: checkpoints/<t-1>, encoded/, data/train.jsonl. Writes: synthetic/<t>.parquet. Refuses: a missing or damaged
+    parent.
     """
+    from tpaw_core.engine import precision
     from tpaw_core.engine.generation import in_process, vllm_client
 
     workspace, params, registry = context.workspace, context.params, context.registry
@@ -26,23 +28,23 @@ def generate(context: Context, iteration: int) -> None:
         folder = context.parent(iteration)
         manifest = checkpoint.verify(workspace, iteration - 1)
         tokenizer = checkpoint.load_tokenizer(folder)
-        encoded = context.encoded(tokenizer)
+        encoded, encoding = context.encoded(), read_encoding(workspace)
         settings, prompts = params.generation, encoded.prompts
+        dtype = precision.of_generation(settings.dtype)
         options: Any = {
             "max_length": params.model.max_length,
-            "ending": Ending.of(tokenizer),
+            "ending": encoding.ending,
             "seed": params.seed + iteration,
         }
         if settings.backend == "vllm":
             python = workspace.input(settings.python or vllm_client.PYTHON)
-            responses = vllm_client.generate(
-                folder, prompts, settings, **options, dtype=params.model.dtype, python=python
-            )
+            responses = vllm_client.generate(folder, prompts, settings, **options, dtype=dtype, python=python)
         else:
-            model = checkpoint.load_model(folder)
-            responses = in_process.generate(model, prompts, settings, **options, pad_id=tokenizer.pad_token_id)
+            model = checkpoint.load_model(folder, dtype=dtype)
+            responses = in_process.generate(model, prompts, settings, **options, pad_id=encoding.pad_id)
         with workspace.publish(workspace.synthetic(iteration)) as aside:
-            write_synthetic(aside, iteration, manifest.digest, context.playing(), encoded, responses, tokenizer)
+            rows, digest = context.playing(), context.encoded_digest
+            write_synthetic(aside, iteration, manifest.digest, rows, encoded, responses, tokenizer, digest)
         total, chosen = len(responses), encoded.chosen
         equal = sum(response.ids == target for response, target in zip(responses, chosen, strict=True))
         cut = sum(response.finish_reason == "length" for response in responses)

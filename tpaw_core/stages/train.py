@@ -7,17 +7,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tpaw_core.artifacts import checkpoint
+from tpaw_core.artifacts.encoded import read_encoding
 from tpaw_core.artifacts.synthetic import read_responses
 from tpaw_core.artifacts.team import read_team
 from tpaw_core.artifacts.training_log import write_log
-from tpaw_core.artifacts.weights import read_weights
+from tpaw_core.artifacts.weights import read_weights, scored_in
 from tpaw_core.errors import TpawError
 from tpaw_core.method import early_warnings
+from tpaw_core.stages import storage
 from tpaw_core.stages.context import Context
 from tpaw_core.workspace import files
 
 if TYPE_CHECKING:
-    from tpaw_core.config.params import Objective
+    from tpaw_core.config.params import Objective, Optimisation
     from tpaw_core.data.encoding import EncodedRows
     from tpaw_core.engine.training.batches import Groups
 
@@ -25,9 +27,9 @@ if TYPE_CHECKING:
 def train(context: Context, iteration: int) -> None:
     """Checkpoint t; resumes from its last saved state if it was stopped.
 
-    Reads: checkpoints/<t-1>, teams/<t>.json, weights/<t>.parquet, the team's synthetic data (objective.name=sft: the
-    rows alone). Writes: checkpoints/<t>, training/<t>.jsonl. Refuses: inputs that do not belong together, numbers that
-    are not finite.
+    Reads: encoded/, checkpoints/<t-1>, teams/<t>.json, weights/<t>.parquet, the team's synthetic data
+    (objective.name=sft: the rows alone). Writes: checkpoints/<t>, training/<t>.jsonl. Refuses: inputs that do not
+    belong together, numbers that are not finite.
     """
     from tpaw_core.engine.training import loop
 
@@ -35,9 +37,9 @@ def train(context: Context, iteration: int) -> None:
     with workspace.exclusive(f"train@{iteration}"):
         folder = context.parent(iteration)
         manifest = checkpoint.verify(workspace, iteration - 1)
-        tokenizer = checkpoint.load_tokenizer(folder)
-        encoded = context.encoded(tokenizer)
-        objective, settings = params.objective_at(iteration), params.training_at(iteration)
+        tokenizer, encoded = checkpoint.load_tokenizer(workspace.tokenizer), context.encoded()
+        encoding = read_encoding(workspace)
+        objective, settings = params.objective_at(iteration), _settings(context, iteration)
         deciding = {
             "seed": params.seed,
             "model": {"dtype": params.model.dtype},
@@ -45,7 +47,7 @@ def train(context: Context, iteration: int) -> None:
             "objective": objective.model_dump(mode="json", by_alias=True, exclude={"gamma", "player_weighting"}),
             "training": settings.model_dump(mode="json"),
         }
-        made_from, team = [workspace.train_rows], []
+        made_from, team = [*context.rows], []
         if objective.name == "sft":
             learn: Any = partial(loop.sft, rows=list(zip(encoded.prompts, encoded.chosen, strict=True)))
         else:
@@ -61,18 +63,42 @@ def train(context: Context, iteration: int) -> None:
             log = learn(
                 model,
                 settings=settings,
-                pad_id=tokenizer.pad_token_id,
+                pad_id=encoding.pad_id,
                 seed=params.seed + iteration,
                 state=state,
                 on_log=on_log,
                 row_ids=encoded.row_ids,
             )
         write_log(workspace, iteration, log)
-        checkpoint.write(workspace, iteration, model, tokenizer, origin, dtype=params.checkpoint_dtype)
+        storage.report_kept(context, iteration, model, folder)
+        checkpoint.write(
+            workspace,
+            iteration,
+            model,
+            tokenizer,
+            origin,
+            dtype=params.checkpoint_dtype,
+            stop_ids=encoding.ending.stop_ids,
+        )
         if context.registry:
             context.registry.register(iteration)
         context.warn(early_warnings.of_training(log), iteration)
         shutil.rmtree(state, ignore_errors=True)
+
+
+def _settings(context: Context, iteration: int) -> Optimisation:
+    """How to train, in the precision in which the judges scored: else the first step's reward would not be 0."""
+    from tpaw_core.engine import precision
+
+    settings, how = context.params.training_at(iteration), f"with `tpaw weights --iteration {iteration}`"
+    if context.params.objective.name == "sft":
+        return precision.settled(settings, "training")
+    path = files.need(context.workspace.weights(iteration), f"make it {how}")
+    scored = scored_in(path)
+    if scored is not None and settings.bf16 != "auto" and settings.bf16 != (scored == "bfloat16"):
+        asked = f"training.bf16={str(settings.bf16).lower()} trains in another precision"
+        raise TpawError(f"{path}: was scored in {scored}, and {asked}; make it again {how}")
+    return precision.settled(settings, "training", scored)
 
 
 def _groups(context: Context, iteration: int, encoded: EncodedRows, objective: Objective) -> Groups:
@@ -82,14 +108,15 @@ def _groups(context: Context, iteration: int, encoded: EncodedRows, objective: O
     workspace = context.workspace
     team = read_team(workspace, iteration)
     path = files.need(workspace.weights(iteration), f"make it with `tpaw weights --iteration {iteration}`")
-    weights = read_weights(path, team.players)
+    weights = read_weights(path, team.players, context.encoded_digest)
     opponents = [member.digest for member in team.members for _ in encoded.row_ids]
     if weights.prompt_ids != encoded.row_ids * len(team.members) or weights.opponents != opponents:
-        raise TpawError(f"{path}: does not match data/train.jsonl and teams/{iteration}.json; make it again")
+        raise TpawError(f"{path}: does not match encoded/train.parquet and teams/{iteration}.json; make it again")
     shape = len(team.members), len(encoded.row_ids), team.players  # opponents, rows, players
 
     def answers(member: Any) -> Any:
-        return read_responses(workspace.place(member.synthetic), encoded.row_ids, member.synthetic_sha256)
+        path, digest = workspace.place(member.synthetic), context.encoded_digest
+        return read_responses(path, encoded.row_ids, member.synthetic_sha256, digest)
 
     return Groups(
         encoded.prompts,

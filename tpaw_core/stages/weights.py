@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from tpaw_core.artifacts import checkpoint
+from tpaw_core.artifacts.encoded import read_encoding
 from tpaw_core.artifacts.synthetic import read_responses
 from tpaw_core.artifacts.team import Team, read_team
 from tpaw_core.artifacts.weights import Weights, write_weights
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from tpaw_core.config.params import Precision
     from tpaw_core.data.encoding import EncodedRows
     from tpaw_core.data.tokens import Pair
 
@@ -25,9 +27,11 @@ logger = logging.getLogger(__name__)
 def weights(context: Context, iteration: int) -> None:
     """Log-probabilities of every (triplet, player) and the player weights beta.
 
-    Reads: teams/<t>.json, its members' checkpoints and synthetic data, the score store. Writes: weights/<t>.parquet;
-    adds to the store what it lacked. Refuses: a member that is missing or changed.
+    Reads: encoded/, teams/<t>.json, its members' checkpoints and synthetic data, the score store. Writes:
+    weights/<t>.parquet; adds to the store what it lacked. Refuses: a member that is missing or changed.
     """
+    from tpaw_core.engine import precision
+
     workspace, registry = context.workspace, context.registry
     with workspace.exclusive(f"weights@{iteration}"):
         team = read_team(workspace, iteration)
@@ -35,12 +39,12 @@ def weights(context: Context, iteration: int) -> None:
             if checkpoint.verify(workspace, member.iteration).digest != member.digest:
                 which = f"{workspace.place(member.checkpoint)}: is not the checkpoint"
                 raise TpawError(f"{which} that teams/{iteration}.json names; make the team again")
-        tokenizer = checkpoint.load_tokenizer(workspace.place(team.members[0].checkpoint))
-        encoded = context.encoded(tokenizer)
-        pairs, table, scored = _scores(context, team, encoded, tokenizer)
+        encoded = context.encoded()
+        products = precision.of_products(context.params.training.bf16, "training.bf16")
+        pairs, table, scored = _scores(context, team, encoded, read_encoding(workspace).pad_id, products)
         known = _weights(context, team, encoded, pairs, table)
         with workspace.publish(workspace.weights(iteration)) as aside:
-            write_weights(aside, known)
+            write_weights(aside, known, context.encoded_digest, products)
         logger.info("%d (row, player) pairs: %d scored now, the rest already stored", table.size, scored)
         if registry:
             counts = {"scoring/new": scored, "scoring/pairs": table.size}
@@ -48,7 +52,7 @@ def weights(context: Context, iteration: int) -> None:
 
 
 def _scores(
-    context: Context, team: Team, encoded: EncodedRows, tokenizer: Any
+    context: Context, team: Team, encoded: EncodedRows, pad_id: int, products: Precision
 ) -> tuple[list[Pair], NDArray[np.float64], int]:
     """The pairs of targets, then of each opponent's answers; their scores [pairs, judges]; how many were computed."""
     import numpy as np
@@ -56,8 +60,9 @@ def _scores(
     from tpaw_core.artifacts import code, score_store
     from tpaw_core.engine import scoring
 
-    workspace, bf16, scored = context.workspace, context.params.training.bf16, 0
-    settings = f"{'bfloat16' if bf16 else 'float32'}-{code.digests()['engine'][:12]}"
+    workspace, scored = context.workspace, 0
+    settings = f"{products}-{code.digests()['engine'][:12]}"
+    digest = context.encoded_digest
     stores = [score_store.ScoreStore(workspace.scores, member.digest, settings) for member in team.judges]
     # A player's earlier requests are repeated first, so that what is computed now has the same bytes as then.
     for earlier in range(team.judges[-1].iteration + 1, team.iteration + 1):
@@ -65,7 +70,7 @@ def _scores(
         pairs = list(zip(encoded.prompts, encoded.chosen, strict=True))
         for opponent in then.members:
             path = workspace.place(opponent.synthetic)
-            answers = read_responses(path, encoded.row_ids, opponent.synthetic_sha256)
+            answers = read_responses(path, encoded.row_ids, opponent.synthetic_sha256, digest)
             pairs += zip(encoded.prompts, answers, strict=True)
         keys, columns = score_store.keys(pairs), []
         for member, store in zip(team.judges, stores, strict=True):
@@ -74,7 +79,7 @@ def _scores(
 
             def score(new: list[Pair], name: str = member.checkpoint) -> Any:
                 model = checkpoint.load_model(workspace.place(name), dtype="float32")
-                return scoring.batches(model, new, pad_id=tokenizer.pad_token_id, bf16=bf16)
+                return scoring.batches(model, new, pad_id=pad_id, bf16=products == "bfloat16")
 
             values, new = store.scores(pairs, score, keys)
             columns.append(values)

@@ -24,6 +24,7 @@ from tpaw_core.processes import parent
 from tpaw_core.progress import Progress
 from tpaw_core.stages.context import Context
 from tpaw_core.stages.data import data
+from tpaw_core.stages.encode import encode
 from tpaw_core.stages.evaluate import evaluate
 from tpaw_core.stages.generate import generate
 from tpaw_core.stages.sft import sft
@@ -37,6 +38,7 @@ from tpaw_core.workspace import files
 from tpaw_core.workspace.paths import Workspace
 
 RUN: dict[str, Callable[..., None]] = {
+    "encode": encode,
     "sft": sft,
     "generate": generate,
     "team": team,

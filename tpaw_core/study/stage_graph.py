@@ -46,11 +46,11 @@ def read_graph(path: Path, params: Params) -> list[Stage]:
             found[f"{name}@{key}"] = _stage(f"{name}@{key}", entry["do"], values)
     alone = params.objective.name == "sft"
     steps = ("train", "evaluate") if alone else ("generate", "team", "weights", "train", "evaluate")
-    names = ["sft", "evaluate-sft", *(f"{name}@{key}" for key in params.iterations for name in steps)]
+    names = ["encode", "sft", "evaluate-sft", *(f"{name}@{key}" for key in params.iterations for name in steps)]
     if alone:
         for key in params.iterations:
             stage = found[f"train@{key}"]
-            deps = (RELATIVE.checkpoint(int(key) - 1), RELATIVE.train_rows)
+            deps = (RELATIVE.checkpoint(int(key) - 1), RELATIVE.tokenizer, RELATIVE.encoded("train"))
             found[stage.name] = stage._replace(deps=deps)
     return [found[name] for name in names]
 
@@ -86,7 +86,10 @@ def _stage(name: str, entry: Any, values: dict[str, str]) -> Stage:
 def _digest(workspace: Workspace, path: Path) -> str:
     if path.parts[0] == "checkpoints":
         return checkpoint.manifest(workspace, int(path.name)).digest
-    return files.sha256(files.need(workspace.root / path, "the stage before makes it"))
+    path = files.need(workspace.root / path, "the stage before makes it")
+    if path.is_dir():
+        return files.digest({file.name: files.sha256(file) for file in sorted(path.iterdir())})
+    return files.sha256(path)
 
 
 def _value(tree: Any, name: str) -> Any:

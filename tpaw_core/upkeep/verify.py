@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpaw_core.artifacts import checkpoint, code
+from tpaw_core.artifacts.encoded import AGAIN, read_encoded, read_encoding
 from tpaw_core.artifacts.metrics import read_metrics
 from tpaw_core.artifacts.team import read_team
 from tpaw_core.artifacts.weights import read_weights
@@ -55,6 +56,7 @@ def check(workspace: Workspace, registry: Registry | None) -> Findings:
     """Look at all of a workspace; of a pruned checkpoint the manifest counts."""
     found = Findings(workspace)
     _rows(found)
+    _encoded(found)
     _checkpoints(found)
     _synthetic(found)
     _teams(found)
@@ -73,6 +75,23 @@ def _rows(found: Findings) -> None:
             prepare.verify(found.workspace, must_exist=True)
 
 
+def _encoded(found: Findings) -> None:
+    """Readable, and of the rows in data/."""
+    workspace = found.workspace
+    if not workspace.tokenizer.parent.exists():
+        return
+    with found.of("encoded files", workspace.tokenizer, AGAIN):
+        read_encoding(workspace)
+        checkpoint.load_tokenizer(workspace.tokenizer)
+    for name in ("train", "heldout", "validation"):
+        path, rows = workspace.encoded(name), workspace.data / f"{name}.jsonl"
+        with found.of("encoded files", path, AGAIN):
+            encoded = read_encoded(workspace, name)
+            ids = [row.prompt_id for row in read_rows(rows)] if encoded.row_ids else []
+            same = encoded.row_ids == [ids[place] for place in encoded.places if place < len(ids)]
+            _expect(same, f"{path}: its rows are not those of {rows}; {AGAIN}")
+
+
 def _checkpoints(found: Findings) -> None:
     workspace = found.workspace
     for iteration in workspace.iterations("checkpoints"):
@@ -88,7 +107,7 @@ def _checkpoints(found: Findings) -> None:
             )
             for name, sha in manifest.made_from.items():
                 path = workspace.place(name)
-                if name.startswith(("data/", "weights/")) and path.is_file():
+                if name.startswith(("data/", "encoded/", "weights/")) and path.is_file():
                     _expect(files.sha256(path) == sha, f"{folder}: was made from another {path}; run `dvc repro`")
             if parts := code.changed(manifest.code):
                 stage = f"train@{iteration}" if iteration else "sft"
@@ -218,18 +237,18 @@ def _outputs(found: Findings) -> None:
                 files.need(path, f"restore it with `dvc checkout {path}`")
                 store = HashFileDB(out.fs, str(workspace.state))  # without DVC's memory of earlier sums
                 _, _, made = build(store, out.fs_path, out.fs, "md5", dry_run=True)
-                _expect(
-                    made.hash_info == out.hash_info,
-                    f"{path}: does not match {lock if path.name != 'data' else 'data.dvc'}; "
-                    f"restore it with `dvc checkout --force {path}`, or run `dvc repro`",
-                )
+                # What is in the folder now may be in no cache: no advice may delete it.
+                differs = f"{path}: does not match {lock}; move it away, then `dvc checkout {path}` or `dvc repro`"
+                if path == workspace.data:
+                    differs = f"{path}: does not match data.dvc; `dvc add {path}` records it, if its rows are right"
+                _expect(made.hash_info == out.hash_info, differs)
         for path in sorted(Path(repo.cache.local.path).glob("??/*")):
             with found.of("objects in DVC's cache", path):
                 with path.open("rb") as file:
                     md5 = hashlib.file_digest(file, "md5").hexdigest()
                 _expect(
                     path.parent.name + path.name.removesuffix(".dir") == md5,
-                    f"{path}: is damaged; delete it and run `dvc commit`, or `dvc pull` it again",
+                    f"{path}: is damaged; move it away and run `dvc commit`, or `dvc pull` it again",
                 )
 
 

@@ -43,6 +43,14 @@ class Workspace:
         return self.data / "validation.jsonl"
 
     @property
+    def tokenizer(self) -> Path:
+        return self.root / "encoded" / "tokenizer"
+
+    def encoded(self, name: str) -> Path:
+        """The token ids of data/<name>.jsonl."""
+        return self.root / "encoded" / f"{name}.parquet"
+
+    @property
     def state(self) -> Path:
         """Local state of services, training and the score store; never an output."""
         return self.root / ".tpaw"

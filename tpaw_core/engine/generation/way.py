@@ -14,7 +14,7 @@ from torch import Tensor
 from tpaw_core.data.tokens import Ids
 from tpaw_core.engine.generation import fast_loop, general
 from tpaw_core.engine.packer import evaluating
-from tpaw_core.errors import TpawError
+from tpaw_core.errors import Diverged, TpawError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +49,8 @@ def find(model: PreTrainedModel, pad_id: int) -> Way:
     """Raises TpawError for a model that no way decodes as its plain forward pass would."""
     with evaluating(model), torch.autocast(model.device.type, enabled=False):
         expected = _plain(model)
+        if not all(logits.isfinite().all() for logits in expected):
+            raise Diverged(f"{type(model).__name__}: its logits are not finite; go back to the checkpoint before")
         if fast_loop.has_recurrent_state(model):
             reason = "its cache holds recurrent states"
         elif (difference := _difference(model, FAST, pad_id, expected)) is None:

@@ -18,7 +18,9 @@ from tpaw_core.data.tokens import Pair
 from tpaw_core.engine.logps import response_logps
 from tpaw_core.engine.packer import Packer, packer
 from tpaw_core.engine.packing import PromptGroup, split_by_tokens
+from tpaw_core.engine.precision import fastest
 from tpaw_core.engine.training.batches import Group, Targets, Triplets, prompt_group, triplets
+from tpaw_core.engine.training.dropout import without_dropout
 from tpaw_core.engine.training.log import OnLog, TrainingLog
 from tpaw_core.engine.training.trainers import PartsTrainer, SelfPlayTrainer, SftTrainer
 from tpaw_core.errors import TpawError
@@ -42,7 +44,10 @@ def sft(
     on_log: OnLog,
     row_ids: Sequence[str] = (),
 ) -> list[dict[str, float]]:
-    """Fine-tune ``model`` in place on (prompt ids, target ids). Returns the log, one entry per logging step."""
+    """Fine-tune ``model`` in place on (prompt ids, target ids). Returns the log, one entry per logging step.
+
+    Dropout stays as the model's config has it, as in TRL's SFTTrainer.
+    """
 
     def collate(places: list[int], pack: Packer) -> list[Targets]:
         tokens = sum(len(rows[place][1]) for place in places)
@@ -56,7 +61,7 @@ def sft(
         return _run(
             SftTrainer(
                 model=model,
-                args=_arguments(settings, seed, state, len(rows)),
+                args=_arguments(model, settings, seed, state, len(rows)),
                 train_dataset=range(len(rows)),
                 data_collator=lambda places: collate(places, pack),
                 callbacks=[TrainingLog("sft", on_log, row_ids)],
@@ -77,7 +82,7 @@ def self_play(
     on_log: OnLog,
     row_ids: Sequence[str] = (),
 ) -> list[dict[str, float]]:
-    """Train ``model`` in place on the team's triplets. Returns the log, one entry per logging step.
+    """Train ``model`` in place on the team's triplets, without dropout. Returns the log, one entry per logging step.
 
     ``row_ids`` name the groups. ``state`` holds resumable states; a call that finds one resumes from it and ends where
     an uninterrupted call would.
@@ -89,14 +94,14 @@ def self_play(
         parts = split_by_tokens(batch, prompt_group, settings.max_tokens)
         return [triplets(part, pack, of=len(batch)) for part in parts]
 
-    with _policy(model, map(prompt_group, groups), pad_id) as pack:
+    with without_dropout(model), _policy(model, map(prompt_group, groups), pad_id) as pack:
         return _run(
             SelfPlayTrainer(
                 objective=objective,
                 triplets_per_group=max(1, sum(len(group.rejected_ids) for group in groups)) / len(groups),
                 tokens_per_target=sum(len(group.chosen_ids) for group in groups) / len(groups),
                 model=model,
-                args=_arguments(settings, seed, state, len(groups)),
+                args=_arguments(model, settings, seed, state, len(groups)),
                 train_dataset=groups,
                 data_collator=lambda batch: collate(batch, pack),
                 callbacks=[TrainingLog("training", on_log, row_ids)],
@@ -108,15 +113,23 @@ def self_play(
 @contextmanager
 def _policy(model: PreTrainedModel, groups: Iterable[PromptGroup], pad_id: int) -> Iterator[Packer]:
     """While this holds, calling ``model`` with a pack gives log-probabilities, whatever Trainer wraps around it."""
+    cached = getattr(model.config, "use_cache", None)
     with packer(model, groups, pad_id) as pack:
         model.forward = partial(response_logps, model)
         try:
             yield pack
         finally:
             del model.forward
+            if cached is not None:
+                model.config.use_cache = cached  # Trainer has turned it off, and it would be saved so
 
 
-def _arguments(settings: Optimisation, seed: int, state: Path, rows: int) -> TrainingArguments:
+def _arguments(model: PreTrainedModel, settings: Optimisation, seed: int, state: Path, rows: int) -> TrainingArguments:
+    if settings.activation_checkpointing and not model.supports_gradient_checkpointing:
+        raise TpawError(
+            f"{type(model).__name__} does not support activation checkpointing; set sft.activation_checkpointing=false "
+            "and training.activation_checkpointing=false"
+        )
     batch = settings.per_device_train_batch_size
     steps = math.ceil(math.ceil(rows / batch) / settings.gradient_accumulation_steps) * settings.num_train_epochs
     arguments = _checked(
@@ -130,7 +143,7 @@ def _arguments(settings: Optimisation, seed: int, state: Path, rows: int) -> Tra
         lr_scheduler_type=settings.lr_scheduler_type,
         warmup_steps=math.ceil(settings.warmup_ratio * steps),
         max_grad_norm=settings.max_grad_norm,
-        bf16=settings.bf16,
+        bf16=fastest().precision == "bfloat16" if settings.bf16 == "auto" else settings.bf16,
         use_cpu=not torch.cuda.is_available(),
         **({"activation_checkpointing": True} if settings.activation_checkpointing else {}),  # new in transformers 5.18
         seed=seed,

@@ -1,0 +1,201 @@
+"""Columns that rows come in, what else a row carries, and why a row is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tpaw_core.config.params import Data
+from tpaw_core.data.messages import Unusable
+from tpaw_core.data.rows import Row, prompt_digest, read_rows, usable_row
+from tpaw_core.errors import TpawError
+
+USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+REJECTED = {"role": "assistant", "content": "No."}
+
+
+def row(item: Any, **settings: Any) -> Row:
+    return usable_row(item, Data(path="rows.jsonl", **settings))
+
+
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+SAME: dict[str, dict[str, Any]] = {
+    "plain": {"prompt": "Why?", "completion": "Because."},
+    "conversational": {"prompt": [USER], "completion": [ANSWER]},
+    "messages and text": {"prompt": [USER], "completion": "Because."},
+    "messages": {"messages": [USER, ANSWER], "prompt": "Why?", "id": 3},
+    "parts": {"messages": [{**USER, "content": parts("Wh", "y?")}, {**ANSWER, "content": ["Because."]}]},
+    "parts of Arrow": {"messages": [{**USER, "content": [{**parts("Why?")[0], "image_url": None}]}, ANSWER]},
+    "keys of Arrow": {"messages": [{**USER, "tool_calls": None}, {**ANSWER, "tool_calls": []}], "tools": []},
+    "weight 1": {"messages": [USER, {**ANSWER, "weight": 1}]},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]},
+    "conversations of OpenAI's": {"conversations": [USER, ANSWER]},
+    "pair": {"prompt": "Why?", "chosen": "Because.", "rejected": "No."},
+    "pair of messages": {"prompt": [USER], "chosen": [ANSWER], "rejected": [REJECTED]},
+    "pair with the prompt in it": {"prompt": "Why?", "chosen": [USER, ANSWER], "rejected": [USER, REJECTED]},
+    "pair without a prompt": {"chosen": [USER, ANSWER], "rejected": [USER, REJECTED]},
+    "Alpaca": {"instruction": "Why?", "input": "", "output": "Because."},
+    "Alpaca without input": {"instruction": "Why?", "output": "Because.", "system": "", "history": []},
+    "good by its label": {"prompt": "Why?", "completion": "Because.", "label": True},
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_row_is_the_same_in_every_layout(name: str) -> None:
+    found = row(SAME[name])
+    identity = json.dumps([[USER], "Because."], ensure_ascii=False).encode()
+    assert found == Row(hashlib.sha256(identity).hexdigest()[:16], [USER], "Because.")
+    assert found.text() == json.dumps(
+        {"prompt_id": found.prompt_id, "prompt": [USER], "completion": "Because."}
+    ) + "\n"  # fmt: skip
+    assert found.conversation == [USER, ANSWER]
+
+
+def test_sharegpt_of_many_turns_has_openais_roles() -> None:
+    turns = [("system", "s"), ("human", "h"), ("gpt", "g"), ("tool", "t"), ("gpt", "last")]
+    found = row({"conversations": [{"from": speaker, "value": said} for speaker, said in turns]})
+    assert [message["role"] for message in found.prompt] == ["system", "user", "assistant", "tool"]
+    assert found.completion == "last"
+
+
+def test_alpacas_input_follows_its_instruction() -> None:
+    alpaca = {"instruction": "Add.", "input": "1 and 2", "output": "3", "history": [["Hi", "Ho"]], "system": "s"}
+    said = [m["content"] for m in row(alpaca).conversation]
+    assert said == ["s", "Hi", "Ho", "Add.\n\n1 and 2", "3"]
+    assert row(alpaca, prompt_column="instruction", completion_column="output") == row(alpaca)
+
+
+def test_a_system_column_is_the_systems_turn() -> None:
+    assert row({"system": "Be brief.", "messages": [USER, ANSWER]}).prompt == [SYSTEM, USER]
+    assert row({"system": "Be brief.", "messages": [SYSTEM, USER, ANSWER]}).prompt == [SYSTEM, USER]
+    named = row({"system": "Be brief.", "q": "Why?", "chosen": "x"}, prompt_column="q", completion_column="chosen")
+    assert named.prompt == [SYSTEM, USER]
+    with pytest.raises(Unusable, match="its 'system' says something else"):
+        row({"system": "Be long.", "messages": [SYSTEM, USER, ANSWER]})
+
+
+def test_columns_by_name_win_over_what_is_found() -> None:
+    item = {"messages": [USER, ANSWER], "question": "Who?", "answer": "I."}
+    names = {"prompt_column": "question", "completion_column": "answer"}
+    assert row(item, **names).completion == "I."
+    assert row(item).completion == "Because."
+    assert row({"messages": [USER, ANSWER]}, **names).completion == "Because."
+    with pytest.raises(Unusable, match="has no 'answer'; fields are messages, question, answer; rows are read from"):
+        row({**item, "answer": None}, **names)
+
+
+def test_tools_and_all_that_a_message_carries_are_kept(tmp_path: Path) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": null}'}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"a": {"enum": [None, 1]}}}}]
+    given = [
+        {**USER, "name": "kid", "weight": 0},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": parts("8")},
+        {**ANSWER, "reasoning_content": "It is so.", "refusal": None},
+    ]
+    found = row({"messages": given, "tools": tools})
+    assert found.prompt == [
+        {**USER, "name": "kid"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "8", "tool_call_id": "c1"},
+    ]
+    assert found.tools == tools
+    assert found.answer == {"reasoning_content": "It is so."}
+    assert found.conversation[-1] == {**ANSWER, "reasoning_content": "It is so."}
+    assert row({"messages": given, "tools": json.dumps(tools)}) == found
+    path = tmp_path / "train.jsonl"
+    path.write_text(found.text(), encoding="utf-8")
+    assert list(read_rows(path)) == [found]
+    others = ({"messages": given}, {"messages": [*given[:-1], ANSWER], "tools": tools})
+    assert len({found.prompt_id, *(row(other).prompt_id for other in others)}) == 3
+
+
+def test_a_prompt_is_the_same_whatever_ids_its_calls_were_given() -> None:
+    def asked(number: str, tools: Any = None) -> bytes:
+        calls = [{"id": number, "function": {"name": "f", "arguments": "{}"}}]
+        turns = [{"role": "assistant", "content": "", "tool_calls": calls}, {"role": "tool", "content": "8"}]
+        return prompt_digest(row({"messages": [USER, *turns, ANSWER], "tools": tools}))
+
+    assert asked("c1") == asked("c2") != asked("c1", [{"name": "f"}])
+
+
+REFUSED: list[tuple[Any, str]] = [
+    ("text", "is str, not an object"),
+    ({}, r"has no 'prompt'; fields are none; rows are read from 'messages' \(OpenAI\), 'conversations'"),
+    ({"prompt": "Why?"}, "has no 'completion'; fields are prompt"),
+    ({"prompt": "Why?", "completion": 4}, "its target in 'completion' is 4 without quotes, not text"),
+    (
+        {"prompt": "Why?", "completion": datetime(2024, 5, 5)},
+        "its target in 'completion' is a datetime, not text: quote",
+    ),
+    ({"prompt": "Why?", "completion": " \n"}, "its target is empty"),
+    ({"prompt": "Why?", "completion": []}, "'completion' must hold a prompt and end with the assistant's target"),
+    ({"prompt": 3, "completion": "x"}, "its prompt is neither text nor a list of messages, but 3 without quotes"),
+    ({"prompt": ["Why?"], "completion": "x"}, "its prompt is neither text nor a list of messages: number 1 is text"),
+    ({"prompt": " ", "completion": "x"}, "its prompt is empty"),
+    ({"prompt": "Why?", "completion": "x", "label": False}, "its 'label' is false"),
+    ({"prompt": "Why?", "completion": "x", "images": ["a.png"]}, "has 'images', which is not read"),
+    ({"messages": [USER, ANSWER], "functions": [{"name": "f"}]}, "has 'functions', which is not read"),
+    ({"messages": [USER, ANSWER], "tools": "{"}, "its 'tools' is text that is not JSON"),
+    ({"messages": [USER, ANSWER], "tools": {"name": "f"}}, "its 'tools' is not a list of objects"),
+    ({"messages": [USER, ANSWER], "system": ["s"]}, "its 'system' is a list, not text"),
+    ({"messages": []}, "'messages' must hold a prompt"),
+    ({"messages": [USER]}, "'messages' must hold a prompt and end with the assistant's target"),
+    ({"messages": '[{"role": "user"}]'}, "its 'messages' is text, not a list of messages"),
+    ({"messages": [{"content": "Why?"}, ANSWER]}, "message 1 of its 'messages' has no role"),
+    ({"messages": [{"role": "user"}, ANSWER]}, "message 1 of its 'messages' has no content"),
+    (
+        {"messages": [{**USER, "content": {"text": "x"}}, ANSWER]},
+        "the content of message 1 .* is an object; it must be",
+    ),
+    (
+        {"messages": [{**USER, "content": [{"type": "image_url", "image_url": {}}]}, ANSWER]},
+        "of type 'image_url'; only",
+    ),
+    (
+        {"messages": [{**USER, "content": [{"type": "input_audio", "text": "x"}]}, ANSWER]},
+        "a part of type 'input_audio'",
+    ),
+    ({"messages": [USER, {**ANSWER, "weight": 0}]}, "its answer has weight 0, so it is not to be trained on"),
+    ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "its answer has weight 0.5; known are 0 and 1"),
+    (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [{"id": "c"}]}]},
+        "its last turn calls a tool and says noth",
+    ),
+    ({"messages": [{**USER, "at": datetime(2024, 5, 5)}, ANSWER]}, "holds a value that JSON cannot hold"),
+    ({"messages": [{**USER, "score": float("nan")}, ANSWER]}, "holds a value that JSON cannot hold"),
+    ({"messages": [USER, {**ANSWER, "note": "\ud800"}]}, "holds a character that is not valid Unicode"),
+    (
+        {"conversations": [{"from": "narrator", "value": "x"}]},
+        "message 1 of its 'conversations' is from 'narrator'; known",
+    ),
+    ({"conversations": "x"}, "its 'conversations' is neither text nor a list of messages, but text"),
+    ({"conversations": [{"from": "human"}, ANSWER]}, "message 1 of its 'conversations' has no content"),
+    ({"chosen": "Human: Why? Assistant: x"}, "its 'chosen' is text and it has no 'prompt'"),
+    ({"prompt": "Who?", "chosen": [USER, ANSWER]}, "its 'chosen' begins with another prompt than 'prompt'"),
+    ({"prompt": [SYSTEM], "chosen": [USER, ANSWER]}, "its 'chosen' begins with another prompt than 'prompt'"),
+    ({"instruction": "a", "input": ["b"], "output": "c"}, "its 'input' is a list, not text"),
+    ({"instruction": "a", "history": ["b"], "output": "c"}, "its 'history' is not a list of pairs"),
+]
+
+
+@pytest.mark.parametrize(("item", "reason"), REFUSED)
+def test_a_row_is_refused_in_its_own_words(item: Any, reason: str) -> None:
+    with pytest.raises(Unusable, match=reason):
+        row(item)
+
+
+def test_lines_in_data_that_are_no_rows_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"prompt": "Why?", "completion": "x"}\n')
+    with pytest.raises(TpawError, match=r"train\.jsonl: row 1 lacks prompt_id, prompt, completion; name your rows in"):
+        list(read_rows(path))

@@ -1,0 +1,171 @@
+"""Models as others publish them, on the hub or in a folder: loaded, or refused before any weights are read.
+
+Whatever transformers, torch or jinja2 raise on the way reaches the user as one message.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tpaw_core.errors import TpawError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+PICKLE = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how classes with a language model's head end
+
+
+def load_config(source: str | Path, revision: str | None = None) -> Any:
+    """Raises TpawError for what is not a whole causal language model with weights that can be trained."""
+    from transformers import AutoConfig
+
+    _refuse_pickles(source)
+    with _one_message(source):
+        if (adapter := _adapter(source, revision)) is not None:
+            raise TpawError(f"model {str(source)!r}: {adapter}")
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        if (reason := next(reasons(config), None)) is not None:
+            raise TpawError(f"model {str(source)!r}: {reason}")
+    if config.get_text_config() is not config:
+        logger.info("model %r: its language model alone is used, without its part for images or sound", str(source))
+    return config
+
+
+def load_model(source: str | Path, revision: str | None = None, *, dtype: str, device: str) -> PreTrainedModel:
+    """The model in evaluation mode. Raises TpawError where it cannot be loaded, or not completely."""
+    from transformers import AutoModelForCausalLM
+
+    load_config(source, revision)
+    with _one_message(source):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            trust_remote_code=False,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
+        )
+        model, report = loaded
+        mismatched = [name for name, *_ in report["mismatched_keys"]]
+        for what, names in (("are not in its files", report["missing_keys"]), ("have another shape there", mismatched)):
+            if names:
+                raise TpawError(
+                    f"model {str(source)!r}: {len(names)} of its weights {what} ({', '.join(sorted(names)[:3])}), and "
+                    "would be random; its config.json describes another model, or a file of weights is missing: get "
+                    "the complete checkpoint"
+                )
+        if hasattr(model.config, "rescale_every"):  # RWKV would divide its weights in place whenever it is evaluated
+            model.config.rescale_every = 0
+        on_device: PreTrainedModel = model.to(device).eval()
+    return on_device
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Raises TpawError where it cannot be loaded. Of several chat templates it keeps the one named default."""
+    from transformers import AutoTokenizer
+
+    with _one_message(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    for name in ("is_local", "local_files_only"):  # how it was loaded would be saved with it, and change the digest
+        tokenizer.init_kwargs.pop(name, None)
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict) and "default" in templates:
+        others = ", ".join(sorted(set(templates) - {"default"}))
+        if others:
+            logger.info("%s: of its chat templates, 'default' is used (not: %s)", source, others)
+        tokenizer.chat_template = templates["default"]
+    return tokenizer
+
+
+def reasons(config: Any) -> Iterator[str]:
+    """Why a model with this config cannot be fine-tuned as a causal language model."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind, classes = config.model_type, getattr(config, "architectures", None) or []
+    if quantised := getattr(config, "quantization_config", None):
+        method = (quantised if isinstance(quantised, dict) else vars(quantised)).get("quant_method", "unknown method")
+        yield (
+            f"is quantised ({getattr(method, 'value', method)}), and fine-tuning changes every weight; name the "
+            "checkpoint in 16 or 32 bits that it was made from"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        yield f"is an encoder-decoder ({kind}); name a causal language model, which continues its prompt"
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        text = " with a part for images or sound" if config.get_text_config() is not config else ""
+        yield f"is of the type {kind}{text}, not a causal language model for text alone; name one of those"
+    elif config.get_text_config() is not config and _class(config).config_class is type(config):
+        yield f"is of the type {kind}, a language model with a part for images or sound; name a model for text alone"
+    elif classes and not any(name.endswith(CAUSAL) for name in classes):
+        yield (
+            f"was saved as {', '.join(classes)}, without the head of a language model (for example to embed or to "
+            "classify texts); name a checkpoint that was saved with one"
+        )
+
+
+def _class(config: Any) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return found[0] if isinstance(found, (list, tuple)) else found
+
+
+def _adapter(source: str | Path, revision: str | None) -> str | None:
+    """Why ``source`` is refused, where it holds an adapter; transformers would load its base in silence."""
+    from transformers.utils import find_adapter_config_file
+
+    path = find_adapter_config_file(str(source), revision=revision)
+    if path is None:
+        return None
+    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    return (
+        f"is a PEFT adapter ({config.get('peft_type', 'of unknown type')}) of {config.get('base_model_name_or_path')!r}"
+        ", not a whole model; merge both with peft (AutoPeftModelForCausalLM.from_pretrained, merge_and_unload, "
+        "save_pretrained), save the tokenizer in the same folder, and name that folder"
+    )
+
+
+def _refuse_pickles(source: str | Path) -> None:
+    if Path(source).is_dir() and not list(Path(source).glob("*.safetensors")):
+        for path in sorted(Path(source).iterdir()):
+            if path.suffix in PICKLE:
+                raise TpawError(f"{path}: is a pickle file, which can run code when loaded; use safetensors")
+
+
+@contextmanager
+def _one_message(source: str | Path) -> Iterator[None]:
+    """Any error within, as one TpawError that says what to do."""
+    try:
+        yield
+    except TpawError:
+        raise
+    except Exception as error:
+        told = " ".join(str(error).split())[:300] or type(error).__name__
+        raise TpawError(f"model {str(source)!r}: cannot be loaded. {_remedy(source, error)} ({told})") from error
+
+
+def _remedy(source: str | Path, error: Exception) -> str:
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return "It does not fit into memory: use a smaller one, or free memory."
+    if isinstance(error, ImportError):
+        return "It needs a package that is not installed: install that, or name another model."
+    if "trust_remote_code" in str(error):
+        return "It brings code of its own, which is never run: name a model of a type that transformers has."
+    if Path(source).is_dir():
+        return (
+            "The folder must hold config.json, safetensors and a tokenizer as save_pretrained of transformers writes "
+            "them: look at what is named here, or copy it again."
+        )
+    if os.environ.get("HF_HUB_OFFLINE"):
+        return "HF_HUB_OFFLINE is set: unset it, or name a local folder."
+    return "Name a folder that exists, or a hub id that this account may read (`hf auth login`)."

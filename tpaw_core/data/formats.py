@@ -1,0 +1,181 @@
+"""Formats: a file of rows, one item at a time; text stays text, whatever it looks like.
+
+JSON lines and JSON arrays, CSV and TSV (each also gzipped), Parquet. The JSON reader of `datasets` makes timestamps of
+text like 2024-05-05, and its CSV reader numbers of 007, so these two are read here.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from tpaw_core.errors import TpawError
+from tpaw_core.workspace import files
+
+JSON_LINES, CSV, PARQUET = (".jsonl", ".ndjson"), (".csv", ".tsv"), (".parquet", ".pq")
+FORMATS = (
+    "JSON lines, a JSON array, CSV, TSV (each also .gz), Parquet, a folder of these, a data set of `save_to_disk`, "
+    "a hub id"
+)
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def has_format(path: Path) -> bool:
+    """Whether a file's name says that it holds rows."""
+    return _suffix(path) in (".json", *JSON_LINES, *CSV, *PARQUET)
+
+
+def read_file(path: Path) -> Iterator[Any]:
+    """The rows of a file; its name and first bytes decide the format. Raises TpawError naming the file and the line."""
+    if files.need(path, "fix data.path or data.heldout_path, or put the file there").stat().st_size == 0:
+        raise TpawError(f"{path}: is empty; it needs one row per line")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    suffix = _suffix(path)
+    if suffix in PARQUET or magic == b"PAR1":
+        return _read_parquet(path)
+    if suffix in CSV:
+        return _read_csv(path, suffix)
+    if suffix in JSON_LINES:
+        return read_json_lines(path)
+    start = _first_character(path)
+    if suffix != ".json" and start not in ("{", "["):
+        raise TpawError(f"{path}: is in none of the formats that are read: {FORMATS}")
+    return _read_json_array(path) if start == "[" else read_json_lines(path)
+
+
+def read_json_lines(path: Path) -> Iterator[Any]:
+    number = 0
+    with _text(path) as file:
+        try:
+            for line in file:
+                number += 1
+                if line.strip():
+                    yield json.loads(line)
+        except json.JSONDecodeError as error:
+            what = f"line {number} is not JSON ({error.msg})"
+            raise TpawError(
+                f"{path}: {what}; each line must be one JSON object, and a file that is one array is named .json"
+            ) from None
+        except (RecursionError, ValueError) as error:  # a number of thousands of digits, brackets thousands deep
+            if isinstance(error, UnicodeDecodeError):
+                raise
+            raise TpawError(f"{path}: line {number} cannot be read ({str(error).split(';')[0]})") from None
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of Arrow without the keys that other rows have: Arrow gives all objects of a column the same keys."""
+    if isinstance(value, dict):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def _suffix(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
+@contextmanager
+def _text(path: Path) -> Iterator[TextIO]:
+    """A file as text, unpacked where it is gzipped."""
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    how: Any = {"mode": "rt", "encoding": "utf-8-sig", "newline": ""}
+    with gzip.open(path, **how) if packed else path.open(**how) as text:
+        try:
+            yield text
+        except UnicodeDecodeError as error:
+            what = f"is not UTF-8 text ({error.reason} at byte {error.start})"
+            raise TpawError(f"{path}: {what}; save it as UTF-8") from None
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise TpawError(f"{path}: is damaged ({error}); get it again") from None
+
+
+def _first_character(path: Path) -> str:
+    with _text(path) as file:
+        return next((line.strip()[0] for line in file if line.strip()), "")
+
+
+def _read_json_array(path: Path) -> Iterator[Any]:
+    with _text(path) as file:
+        text = file.read()
+    place = _skip(text, text.index("[") + 1)
+    try:
+        while text[place : place + 1] != "]":
+            item, place = json.JSONDecoder().raw_decode(text, place)
+            yield item
+            place = _skip(text, place)
+            if text[place : place + 1] == ",":
+                place = _skip(text, place + 1)
+                if text[place : place + 1] == "]":
+                    raise json.JSONDecodeError("a comma without a row behind it", text, place)
+            elif text[place : place + 1] != "]":
+                raise json.JSONDecodeError("neither a comma nor the array's end", text, place)
+        if (end := _skip(text, place + 1)) != len(text):
+            raise json.JSONDecodeError("text behind the array", text, end)
+    except json.JSONDecodeError as error:
+        raise TpawError(f"{path}: line {error.lineno} is not JSON ({error.msg}) in an array of rows") from None
+    except (RecursionError, ValueError) as error:
+        line = text.count("\n", 0, place) + 1
+        raise TpawError(f"{path}: line {line} cannot be read ({str(error).split(';')[0]})") from None
+
+
+def _skip(text: str, place: int) -> int:
+    found = SPACE.match(text, place)
+    return found.end() if found else place
+
+
+def _read_csv(path: Path, suffix: str) -> Iterator[Any]:
+    with _text(path) as file:
+        reader = csv.reader(file, delimiter="\t" if suffix == ".tsv" else _delimiter(path), strict=True)
+        try:
+            header = next(reader, [])
+            if repeated := [name for name in header if header.count(name) > 1]:
+                raise TpawError(f"{path}: has two columns of the name {repeated[0]!r}; rename one")
+            for fields in reader:
+                if len(fields) > len(header):
+                    what = f"line {reader.line_num} has {len(fields)} fields, the header has {len(header)}"
+                    raise TpawError(f"{path}: {what}; put text that holds the separator in double quotes")
+                if fields:
+                    yield dict(zip(header, fields, strict=False))
+        except csv.Error as error:
+            raise TpawError(f"{path}: line {reader.line_num} is not CSV ({error})") from None
+
+
+def _delimiter(path: Path) -> str:
+    """What cuts the header into most fields; a spreadsheet writes semicolons where the comma is in numbers."""
+    with _text(path) as file:
+        header = file.readline()
+    return max(",;\t", key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
+
+
+def _read_parquet(path: Path) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if not file.schema_arrow.names:  # its batches would end the process
+                raise ValueError("it has no columns")
+            decode = _json_columns(file.schema_arrow)
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist(maps_as_pydicts="strict"):
+                    yield decode(without_nulls(row))
+    except (pyarrow.ArrowException, KeyError, ValueError, OSError) as error:
+        raise TpawError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _json_columns(schema: Any) -> Callable[[Any], Any]:
+    """How a row's JSON columns are read: `datasets` writes objects of many shapes (tools, arguments) as JSON text."""
+    if b'"Json"' not in (schema.metadata or {}).get(b"huggingface", b""):
+        return lambda row: row
+    import datasets
+
+    features = datasets.Features.from_arrow_schema(schema)
+    return lambda row: features.decode_example({name: row.get(name) for name in features})

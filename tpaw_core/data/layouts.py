@@ -1,0 +1,135 @@
+"""Layouts: which columns of a row hold its conversation, and its tools.
+
+- `messages`: OpenAI's; `conversations`: ShareGPT's.
+- `prompt` with `completion` (each text or messages), and `prompt` with `chosen` or `chosen` alone: TRL's.
+- `instruction` with `output`: Alpaca's. `input`, where there is any, follows the instruction after an empty line;
+  `history`, pairs of question and answer, comes before it.
+
+A column `system` becomes the system's turn, and `tools` (a list, or one as JSON text) goes to the chat template.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tpaw_core.config.params import Data
+from tpaw_core.data.messages import Message, Unusable, kind, read_messages
+
+LAYOUTS = (
+    "rows are read from 'messages' (OpenAI), 'conversations' (ShareGPT), 'prompt' with 'completion' or 'chosen' (TRL), "
+    "'instruction' with 'output' (Alpaca), or the columns in data.prompt_column and data.completion_column"
+)
+# They change what a model is to see, so a row is refused rather than read without them.
+NOT_READ = ("functions", "chat_template_kwargs", "image", "images", "audio", "audios", "video", "videos")
+
+
+def read_conversation(item: dict[Any, Any], data: Data) -> list[Message]:
+    """The conversation of a row, which ends with the assistant's turn. Raises Unusable."""
+    for column in NOT_READ:
+        if item.get(column):
+            raise Unusable(f"has {column!r}, which is not read; take the column out where it has no meaning here")
+    if item.get("label") is False:
+        raise Unusable("its 'label' is false: its completion is one to avoid, not a target")
+    prompt, target = data.prompt_column, data.completion_column
+    chosen_by_name = (prompt, target) != ("prompt", "completion") and (prompt in item or target in item)
+    if isinstance(item.get("messages"), list) and not chosen_by_name:
+        column, messages = "messages", read_messages(item["messages"], "'messages'")
+    elif item.get(prompt) is not None and item.get(target) is not None:
+        column, messages = target, _pair(item, prompt, target)
+    elif item.get("conversations") is not None and not chosen_by_name:
+        column, messages = "conversations", read_messages(item["conversations"], "'conversations'")
+    elif item.get("chosen") is not None and not chosen_by_name:
+        column, messages = "chosen", _preferred(item)
+    elif item.get("instruction") is not None and item.get("output") is not None and not chosen_by_name:
+        column, messages = "output", _pair(item, "instruction", "output")
+    else:
+        raise Unusable(_not_found(item, prompt, target))
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise Unusable(f"{column!r} must hold a prompt and end with the assistant's target")
+    return _with_system(item, messages)
+
+
+def read_tools(item: dict[Any, Any]) -> list[Any] | None:
+    """The tools that a row offers. Raises Unusable."""
+    tools = item.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise Unusable("its 'tools' is text that is not JSON") from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Unusable("its 'tools' is not a list of objects")
+    return tools
+
+
+def _pair(item: dict[Any, Any], prompt: str, target: str) -> list[Message]:
+    """A prompt and its answer; an answer that repeats the prompt, as preference pairs do, is the whole conversation."""
+    asked, answer = item[prompt], item[target]
+    if isinstance(asked, str):
+        before = _turns_of_alpaca(item, asked) if prompt == "instruction" else [_turn("user", asked)]
+    else:
+        before = read_messages(asked, "prompt")
+    if isinstance(answer, str):
+        return [*before, _turn("assistant", answer)]
+    if not isinstance(answer, list):
+        raise Unusable(
+            f"its target in {target!r} is {kind(answer)}, not text: quote it in the file; of a hub data set whose "
+            "reader has guessed the type, name the downloaded file in data.path"
+        )
+    given = read_messages(answer, repr(target))
+    if not given or given[0]["role"] == "assistant":
+        return [*before, *given]
+    if isinstance(asked, str):
+        same = any(message["role"] == "user" and message["content"].strip() == asked.strip() for message in given)
+    else:
+        same = given[: len(before)] == before
+    if not same:
+        raise Unusable(f"its {target!r} begins with another prompt than {prompt!r}")
+    return given
+
+
+def _preferred(item: dict[Any, Any]) -> list[Message]:
+    if item.get("prompt") is not None:
+        return _pair(item, "prompt", "chosen")
+    if isinstance(item["chosen"], str):
+        raise Unusable("its 'chosen' is text and it has no 'prompt', so where the answer begins is unknown")
+    return read_messages(item["chosen"], "'chosen'")
+
+
+def _turns_of_alpaca(item: dict[Any, Any], instruction: str) -> list[Message]:
+    more, history = item.get("input") or "", item.get("history") or []
+    if not isinstance(more, str):
+        raise Unusable(f"its 'input' is {kind(more)}, not text")
+    turns = []
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise Unusable("its 'history' is not a list of pairs of question and answer")
+        turns += [_turn("user", pair[0]), _turn("assistant", pair[1])]
+    return [*turns, _turn("user", f"{instruction}\n\n{more}" if more.strip() else instruction)]
+
+
+def _with_system(item: dict[Any, Any], messages: list[Message]) -> list[Message]:
+    said = item.get("system")
+    if said is None or said == "":
+        return messages
+    if not isinstance(said, str):
+        raise Unusable(f"its 'system' is {kind(said)}, not text")
+    if messages[0]["role"] != "system":
+        return [_turn("system", said), *messages]
+    if messages[0]["content"] != said:
+        raise Unusable("its 'system' says something else than the system's turn in its messages")
+    return messages
+
+
+def _turn(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _not_found(item: dict[Any, Any], prompt: str, target: str) -> str:
+    if item.get("messages") is not None and not isinstance(item["messages"], list):
+        return f"its 'messages' is {kind(item['messages'])}, not a list of messages"
+    missing = prompt if item.get(prompt) is None else target
+    return f"has no {missing!r}; fields are {', '.join(map(str, item)) or 'none'}; {LAYOUTS}"

@@ -1,0 +1,143 @@
+"""check: everything that a run could refuse, found in seconds and listed at once. Trains nothing."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tpaw_core.artifacts import checkpoint
+from tpaw_core.data.rows import Row, read_rows
+from tpaw_core.errors import TpawError
+from tpaw_core.stages import data, encode
+from tpaw_core.stages.context import Context
+
+PROBED = 2e9  # bytes of weights: a larger model is probed when `sft` has loaded it
+COPIES = 2  # of a checkpoint on disk: in the workspace and in DVC's cache
+# Bytes per parameter that an optimiser keeps beside float32 weights and gradients.
+STATES = {"adamw": 8, "adam": 8, "rmsprop": 4, "adagrad": 4, "sgd": 0, "lion": 4, "adafactor": 1}
+logger = logging.getLogger(__name__)
+
+
+class Problems(list[str]):
+    """The refusals so far."""
+
+    @contextmanager
+    def found(self) -> Iterator[None]:
+        """What the block raises is one more."""
+        try:
+            yield
+        except TpawError as error:
+            self += str(error).splitlines()
+
+
+def check(context: Context) -> None:
+    """Rows, tokenizer, template, model, benchmarks, memory and disk.
+
+    Reads: the recipe's rows and the base model. Writes: data/, as `tpaw data` does. Raises TpawError with all
+    refusals.
+    """
+    problems, params = Problems(), context.params
+    with problems.found():
+        data.data(context)
+    known = not problems  # else data/ may hold the rows of another recipe
+    heldout = list(read_rows(context.workspace.heldout_rows)) if known else []
+    tokenizer = None
+    if known or params.model.model_name_or_path is not None:
+        with problems.found():
+            tokenizer, shipped = encode.base_tokenizer(context)
+            problems += encode.reasons(tokenizer)
+    if tokenizer is not None and not problems:
+        _rows_as_ids(context, tokenizer, shipped, problems)
+    _benchmarks(context, heldout, problems)
+    if tokenizer is not None:
+        _model(context, tokenizer, problems)
+    if problems:
+        found = list(dict.fromkeys(problems))
+        raise TpawError("\n".join([f"{len(found)} to fix before a run:", *(f"- {problem}" for problem in found)]))
+    logger.info("nothing to fix: %s", params.recipe)
+
+
+def _rows_as_ids(context: Context, tokenizer: Any, shipped: list[int], problems: Problems) -> None:
+    with problems.found():
+        ending = encode.ending(context, tokenizer, shipped)
+        for name in encode.names(context):
+            with problems.found():
+                rows = encode.rows(context, tokenizer, ending, name)
+                longest = max(len(p) + len(c) for p, c in zip(rows.prompts, rows.chosen, strict=True))
+                logger.info("%s: %d rows, the longest of %d tokens", name, len(rows.row_ids), longest)
+
+
+def _benchmarks(context: Context, heldout: list[Row], problems: Problems) -> None:
+    from tpaw_core.evaluation import answers, harness
+
+    settings = context.params.evaluation
+    problems += harness.reasons(settings)
+    if any(task in answers.OWN for task in settings.tasks):
+        with problems.found():
+            answers.targets(answers.HELDOUT, heldout, range(len(heldout)), settings)
+
+
+def _model(context: Context, tokenizer: Any, problems: Problems) -> None:
+    """Its structure without weights; its behaviour where it is small enough to load in seconds."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tpaw_core.engine import scratch, suitability
+
+    params, own, pad_id = context.params, context.params.model, tokenizer.pad_token_id
+    with problems.found():
+        if own.model_name_or_path is None:
+            assert own.scratch is not None
+            model = scratch.model(own.scratch, tokenizer, max_length=own.max_length, seed=params.seed)
+            problems += suitability.reasons(model, tokenizer, max_length=own.max_length, pad_id=pad_id)
+        else:
+            source = context.source(own.model_name_or_path)
+            config, _ = checkpoint.load_settings(source, own.revision)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+            known = list(suitability.of_structure(model, tokenizer, own.max_length))
+            problems += [f"model {own.model_name_or_path!r}: {reason}" for reason in known]
+            if not known and 4 * model.num_parameters() <= PROBED:
+                loaded = checkpoint.load_model(source, dtype="float32", revision=own.revision)
+                of_behaviour = suitability.of_behaviour(loaded, pad_id)
+                problems += [f"model {own.model_name_or_path!r}: {reason}" for reason in of_behaviour]
+        _resources(context, model.num_parameters(), problems)
+
+
+def _resources(context: Context, parameters: int, problems: Problems) -> None:
+    """What a run needs for certain, and what the machine has."""
+    import psutil
+    import torch
+
+    from tpaw_core.engine import precision
+
+    params = context.params
+    optimiser = params.training.optim.lower()
+    states = next((size for name, size in STATES.items() if optimiser.startswith(name)), 8)
+    memory = (4 + 4 + states) * parameters
+    disk = COPIES * (len(params.iterations) + 1) * precision.checkpoint_bytes(parameters, params.checkpoint_dtype)
+    cuda = torch.cuda.is_available()
+    has = torch.cuda.mem_get_info()[1] if cuda else psutil.virtual_memory().total
+    free = shutil.disk_usage(context.workspace.root).free
+    where = "the accelerator" if cuda else "this machine"
+    logger.info("%s parameters", f"{parameters:,}")
+    logger.info("memory: %s and activations; %s has %s", _readable(memory), where, _readable(has))
+    logger.info("disk: %s for all iterations; %s are free", _readable(disk), _readable(free))
+    if memory > has:
+        problems.append(
+            f"memory: weights, gradients and the states of {optimiser} take {_readable(memory)}, and {where} has "
+            f"{_readable(has)}; use a smaller model, or training.optim=rmsprop or adafactor"
+        )
+    if disk > free:
+        problems.append(
+            f"disk: the checkpoints of all iterations take {_readable(disk)}, and {_readable(free)} are free; free up "
+            "space, set model.dtype=bfloat16, or start the flow with prune_after=true"
+        )
+
+
+def _readable(size: float) -> str:
+    unit, name = next((found for found in ((1e9, "GB"), (1e6, "MB")) if size >= found[0]), (1e3, "kB"))
+    return f"{size / unit:.1f} {name}"
