@@ -5,7 +5,6 @@ Heavy imports happen inside the commands, so that `tpaw --help` answers at once.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import typer
 from tpaw_core import console
 from tpaw_core.errors import TpawError
 from tpaw_core.processes import fork_server
+from tpaw_core.workspace.files import explanation
 from tpaw_core.workspace.paths import Workspace
 
 if TYPE_CHECKING:
@@ -32,14 +32,6 @@ app = typer.Typer(
 AtIteration = Annotated[int, typer.Option("--iteration", "-t", min=1, help="Iteration t produces checkpoint t.")]
 AtCheckpoint = Annotated[int, typer.Option("--iteration", "-t", min=0, help="The checkpoint.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...")]
-ENVIRONMENT = {
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-}
 _workspace = Workspace()
 
 
@@ -52,23 +44,10 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        if show or (message := _explanation(error)) is None:
+        if show or (message := explanation(error, _workspace.root)) is None:
             raise
         print(f"error: {message}", file=sys.stderr)
         sys.exit(error.exit_status if isinstance(error, TpawError) else 1)
-
-
-def _explanation(error: Exception) -> str | None:
-    """What to tell the user instead of a traceback; None where only a traceback can help."""
-    from tpaw_core.workspace import files
-
-    if isinstance(error, TpawError):
-        return str(error)
-    if full := files.disk_full(error, _workspace.root):
-        return str(full)
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; free up space or fix the file's permissions"
-    return None
 
 
 @app.callback(epilog="--traceback, after any command, shows where an error came from.")
@@ -81,10 +60,7 @@ def _options(
     if not folder.is_dir():
         raise TpawError(f"-C {folder}: is not a folder")
     _workspace = Workspace(folder)
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    console.quieten_libraries()
     console.show()
 
 
@@ -173,10 +149,7 @@ def table() -> None:
     """Print one row per checkpoint, and how long the stages of the last flow run took."""
     from tpaw_core.report import table as rows
 
-    print(rows.table(_workspace))
-    if seconds := rows.flow_seconds(_workspace):
-        print("\nseconds per stage in the last flow run: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()))
-        print(f"in all: {sum(seconds.values()):.0f} s")
+    print("\n".join([rows.table(_workspace), *rows.durations(_workspace)]))
 
 
 @app.command()
@@ -207,9 +180,7 @@ def compare(
     recipe, given = _apart(recipe, overrides)
     parent.exit_with_parent()
     home, planned = plan.make(
-        _workspace,
-        recipe,
-        given,
+        _workspace, recipe, given,
         methods=methods,
         seeds=seeds,
         learning_rates=rates,
@@ -217,12 +188,10 @@ def compare(
         tuning_seeds=tuning_seeds,
         validation_rows=validation_rows,
         folder=folder,
-    )
+    )  # fmt: skip
     found = run(_workspace, planned, home)
     page.write(planned, home, found)
-    print(page.table(planned, found))
-    for failure in results.failures(found.grid):
-        print(f"stopped: {failure}")
+    print("\n".join([page.table(planned, found), *(f"stopped: {why}" for why in results.failures(found.grid))]))
     print(f"report: {home / 'report.html'}, MLflow run {mlflow_runs.record(_workspace, planned, home, found)}")
 
 
@@ -241,9 +210,8 @@ def verify() -> None:
     from tpaw_core.upkeep import verify as upkeep
 
     found = upkeep.check(_workspace, _context().registry)
-    for line in [*(f"note: {note}" for note in found.notes), *found.disagreements]:
-        print(line)
-    print("checked: " + ", ".join(f"{count} {kind}" for kind, count in found.checked.items()))
+    checked = "checked: " + ", ".join(f"{count} {kind}" for kind, count in found.checked.items())
+    print("\n".join([*(f"note: {note}" for note in found.notes), *found.disagreements, checked]))
     if found.disagreements:
         raise TpawError(f"{len(found.disagreements)} disagreements, listed above")
     print("nothing disagrees")
@@ -267,8 +235,8 @@ def prune(yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed
         found = upkeep.deletions(context)
         for deletion in found:
             print(f"{deletion.bytes / 1e6:.1f} MB: {deletion.what}")
-        for deletion in found if yes else []:
-            deletion.delete()
+            if yes:
+                deletion.delete()
     done = "deleted" if yes else "can be deleted; `tpaw prune --yes` does it"
     print(f"{sum(deletion.bytes for deletion in found) / 1e6:.1f} MB {done}" if found else "nothing can be deleted")
 
@@ -295,8 +263,7 @@ def status() -> None:
     from tpaw_core.processes import services
 
     for service in services.status(_workspace):
-        where = f", {service.url}, process {service.pid}" if service.pid else ""
-        print(f"{service.name}: {service.state}{where}")
+        print(service)
 
 
 @app.command("preload", hidden=True)
@@ -323,8 +290,7 @@ def _run(name: str, iteration: int | None = None) -> None:
     from tpaw_core.processes import parent
 
     context = _context()
-    if iteration is not None and iteration > len(context.params.iterations):
-        known = len(context.params.iterations)
+    if iteration is not None and iteration > (known := len(context.params.iterations)):
         raise TpawError(f"--iteration {iteration}: params.yaml has {known} iterations; add it there")
     parent.exit_with_parent()
     stage: Callable[..., None] = getattr(import_module(f"tpaw_core.stages.{name}"), name)

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# Libraries that would otherwise print bars, warnings and addresses among a command's own lines, or report its use.
+QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
 _package = logging.getLogger(__package__)
 
 
@@ -19,6 +29,12 @@ class _Lines(logging.Formatter):
 class _Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr if record.name.endswith(".progress") else sys.stdout, flush=True)
+
+
+def quieten_libraries() -> None:
+    """For this process and those that it starts; what the user has set stays."""
+    for name, value in {**QUIET, **({} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"})}.items():
+        os.environ.setdefault(name, value)
 
 
 def show() -> None:

@@ -39,6 +39,9 @@ class Status:
     url: str | None
     pid: int | None
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.state}{f', {self.url}, process {self.pid}' if self.pid else ''}"
+
 
 @dataclass(frozen=True)
 class Service:

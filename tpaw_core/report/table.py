@@ -20,6 +20,14 @@ def flow_seconds(workspace: Workspace) -> dict[str, float]:
     return records.read(path, dict[str, float], "delete it") if path.exists() else {}
 
 
+def durations(workspace: Workspace) -> list[str]:
+    """Lines on how long the stages of the last flow run took; none where none has ended."""
+    if not (seconds := flow_seconds(workspace)):
+        return []
+    stages = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    return ["", f"seconds per stage in the last flow run: {stages}", f"in all: {sum(seconds.values()):.0f} s"]
+
+
 def rows(workspace: Workspace) -> list[dict[str, Any]]:
     """The table's rows; rewards are means over the last quarter of an iteration's steps, None for checkpoint 0."""
     found = []

@@ -84,6 +84,17 @@ def disk_full(error: Exception, folder: Path) -> TpawError | None:
     )
 
 
+def explanation(error: Exception, folder: Path) -> str | None:
+    """What to tell the user instead of a traceback; None where only a traceback can help."""
+    if isinstance(error, TpawError):
+        return str(error)
+    if full := disk_full(error, folder):
+        return str(full)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; free up space or fix the file's permissions"
+    return None
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
