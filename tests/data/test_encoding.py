@@ -297,3 +297,59 @@ def test_every_text_round_trips_through_the_scratch_tokenizer(tokenizer: Any) ->
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == text
     assert len(tokenizer("123", add_special_tokens=False)["input_ids"]) == 3
+
+
+def test_the_token_that_ends_a_turn_is_a_stop_token_or_special_whatever_else_was_added() -> None:
+    """Gemma adds runs of line breaks as tokens, code models runs of spaces; a tool call starts with a token too."""
+    tokenizer = make(CHATML)
+    tokenizer.add_tokens(["\n\n", "  ", "<call>"])
+    for text in ("6.\n\n#### 6", "It is 6.  ", "6"):
+        ending, encoded = encode(tokenizer, [row(text), row("7")])
+        assert tokenizer.convert_ids_to_tokens(ending.end_id) == "<|im_end|>"
+        assert texts(tokenizer, encoded)[1].startswith(text.strip())
+
+
+def test_a_template_that_always_prompts_gets_eos_and_not_the_next_turn() -> None:
+    template = (
+        "{% for m in messages %}{{ ('<turn>' if m['role'] == 'assistant' else 'user: ') + m['content'] + '\n' }}"
+        "{% endfor %}{{ '<turn>' }}"
+    )
+    ending, _ = encode(make(template), [row("6")])
+    assert not ending.in_template
+
+
+def test_templates_that_end_answers_differently_are_refused() -> None:
+    template = CHATML.replace("'<|im_end|>\n'", "('<|im_end|>\n' if m['content'] | length < 40 else '<end_turn>\n')")
+    with pytest.raises(TpawError, match=r"ends answers with different tokens \(<end_turn>, <\|im_end\|>\)"):
+        encode(make(template), [row("6"), row("6 " * 30)])
+
+
+@pytest.mark.parametrize("token", [-1, 5000])
+def test_a_stop_token_that_the_tokenizer_lacks_is_refused(token: int) -> None:
+    with pytest.raises(TpawError, match=f"names the stop token {token}, which its tokenizer does not have"):
+        encoding.find_ending(make(CHATML), [row()], {}, [token])
+
+
+def test_a_target_in_which_an_answer_would_stop_early_is_refused_by_row() -> None:
+    """A configuration whose eos_token_id is an ordinary word would cut every target there."""
+    tokenizer = make(CHATML)
+    word = tokenizer("3 times 2 is 6.", add_special_tokens=False)["input_ids"][2]
+    ending = encoding.find_ending(tokenizer, [row()], {}, [word])
+    with pytest.raises(TpawError, match=r"row 1: its target holds the stop token .* before its end"):
+        encoding.encode([row()], tokenizer, ending, max_length=400, max_skipped=0.0, name="rows", options={})
+
+
+def test_text_that_holds_an_end_that_is_not_special_is_refused() -> None:
+    tokenizer = make(CHATML.replace("<|im_end|>", "<stop>"))
+    tokenizer.add_tokens(["<stop>"])
+    stop = tokenizer.convert_tokens_to_ids("<stop>")
+    ending = encoding.find_ending(tokenizer, [row()], {}, [stop])
+    assert ending.end_id == stop
+    with pytest.raises(TpawError, match="holds the special token '<stop>'"):
+        encoding.encode([row("A <stop> B")], tokenizer, ending, max_length=400, max_skipped=0.0, name="r", options={})
+
+
+def test_reasoning_that_holds_the_answer_is_no_reason_to_refuse() -> None:
+    tokenizer = make(THINKING)
+    _, encoded = encode(tokenizer, [row("6", answer={"reasoning_content": "2 x 3 = 6, so 6."})])
+    assert texts(tokenizer, encoded)[1] == "<think>\n2 x 3 = 6, so 6.\n</think>\n\n6<|im_end|>"

@@ -52,8 +52,9 @@ def test_an_answer_ends_at_whichever_stop_token_comes_first(ids: list[int], expe
 
 def test_a_target_that_the_template_has_ended_gets_no_second_end() -> None:
     ending = Ending(1, (1, 3), in_template=True)
-    assert ending.close([5, 6, 1, 7]) == [5, 6, 1]
-    assert ending.close([5, 3]) == [5, 3]
+    assert ending.close([5, 6, 1]) == [5, 6, 1]
+    assert ending.close([5, 3]) == [5, 3, 1]
+    assert (ending.early([5, 3, 1]), ending.early([5, 6, 1])) == (3, None)
     assert ending.close([5, 6]) == [5, 6, 1]
 
 

@@ -85,3 +85,8 @@ def test_a_target_that_looks_like_a_date_or_a_number_stays_text(
 def test_a_sample_is_read_from_the_harnesss_record() -> None:
     record = {"doc": {"text": " p ", "target": "t"}, "resps": [["c"]], "exact_match": 1}
     assert sample_of(record).model_dump() == {"prompt": "p", "target": "t", "completion": "c", "correct": 1.0}
+
+
+@pytest.mark.parametrize(("pattern", "text"), [(r"yes|no|maybe: (\w+)", "yes"), (r"#### (\d*)", "#### x")])
+def test_a_match_without_a_group_is_no_answer_as_for_the_harness(pattern: str, text: str) -> None:
+    assert answer(text, pattern) is None

@@ -19,6 +19,7 @@ from tpaw_core.data.tokens import TokenRows
 from tpaw_core.errors import TpawError
 
 ROWS_AT_A_TIME = 1000
+ROWS_FOR_THE_END = 100  # that must agree on the token which ends a turn
 
 
 class EncodedRows(NamedTuple):
@@ -82,7 +83,9 @@ def turn(tokenizer: Any, row: Row, options: Mapping[str, Any]) -> Turn:
     answer, same = row.completion.strip(), _common(prompt, whole)
     if same < len(prompt):  # the start of the answer may look like what the prompt alone has
         same = min(same, _common(render(tokenizer, row.prompt, options, add_generation_prompt=False, **tools), whole))
-    start = whole.find(answer, same)
+    reasoning = str((row.answer or {}).get("reasoning_content") or "").strip()
+    shown = whole.find(reasoning, same) if reasoning else -1
+    start = whole.find(answer, same if shown < 0 else shown + len(reasoning))
     if start < 0:
         raise Unusable("its answer is not in the conversation that the chat template writes")
     same = min(_common(prompt, whole), start)
@@ -92,8 +95,7 @@ def turn(tokenizer: Any, row: Row, options: Mapping[str, Any]) -> Turn:
             f"the chat template starts an answer with {own!r} when it prompts, and with {preamble!r} in a "
             "conversation; give another one in model.chat_template, or look at model.chat_template_kwargs"
         )
-    reasoning = (row.answer or {}).get("reasoning_content")
-    if reasoning and reasoning.strip() not in preamble:
+    if reasoning and reasoning not in preamble:
         raise Unusable("the chat template does not show the reasoning_content of its answer")
     return Turn(prompt, "" if own else preamble, answer, whole[start + len(answer) :])
 
@@ -122,24 +124,38 @@ def find_ending(tokenizer: Any, rows: Iterable[Row], options: Mapping[str, Any],
     """
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stops = list(dict.fromkeys([*own, *shipped]))
-    end = None
-    for row in islice(rows, ROWS_AT_A_TIME):
-        try:
-            tail = turn(tokenizer, row, options).tail
-        except Unusable:
-            continue
-        added = set(tokenizer.added_tokens_decoder)
-        end = next((token for token in _ids([tail], tokenizer)[0] if token in added), None)
-        break
-    in_template = end is not None
-    if end is None:
-        if not own:
-            raise TpawError(
-                f"{tokenizer.name_or_path}: no answer could ever end: its tokenizer has no EOS token, and its chat "
-                "template ends no turn with a special token; set one of both"
-            )
-        end = own[0]
-    return Ending(end, tuple(dict.fromkeys([end, *stops])), in_template)
+    if unknown := [token for token in stops if not 0 <= token < len(tokenizer)]:
+        raise TpawError(
+            f"{tokenizer.name_or_path}: the model's configuration names the stop token {unknown[0]}, which its "
+            "tokenizer does not have; correct eos_token_id in config.json and generation_config.json"
+        )
+    ends: set[int | None] = set()
+    for row in islice(rows, ROWS_FOR_THE_END):
+        with suppress(Unusable):
+            ends.add(_end_of_turn(tokenizer, turn(tokenizer, row, options), stops))
+    if len(ends) > 1:
+        names = [str(tokenizer.convert_ids_to_tokens(end)) if end is not None else "none" for end in ends]
+        raise TpawError(
+            f"{tokenizer.name_or_path}: its chat template ends answers with different tokens "
+            f"({', '.join(sorted(names))}); set another one in model.chat_template"
+        )
+    end = ends.pop() if ends else None
+    if end is None and not own:
+        raise TpawError(
+            f"{tokenizer.name_or_path}: no answer could ever end: its tokenizer has no EOS token, and its chat "
+            "template ends no turn with a special token; set one of both"
+        )
+    last = own[0] if end is None else end
+    return Ending(last, tuple(dict.fromkeys([last, *stops])), end is not None)
+
+
+def _end_of_turn(tokenizer: Any, own: Turn, stops: list[int]) -> int | None:
+    """The stop token that the template writes after an answer, or else the first special token that starts no turn."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    tail, prompt = _ids([own.tail, own.prompt], tokenizer)
+    starts = next((token for token in reversed(prompt) if token in special), None)
+    known = next((token for token in tail if token in stops), None)
+    return known if known is not None else next((t for t in tail if t in special and t != starts), None)
 
 
 def encode(
@@ -159,7 +175,7 @@ def encode(
     Raises TpawError where these are more than the share ``max_skipped``.
     """
     encoded, reasons, total = EncodedRows([], [], TokenRows(), TokenRows()), [], 0
-    special = _special(tokenizer)
+    special = _special(tokenizer, ending)
     left = iter(rows)
     while some := list(islice(left, ROWS_AT_A_TIME)):
         kept: list[tuple[int, Row, Turn]] = []
@@ -175,6 +191,10 @@ def encode(
                 reasons.append(
                     f"row {place + 1}: its prompt has {len(prompt)} tokens, model.max_length is {max_length}"
                 )
+                continue
+            if (early := ending.early(target)) is not None:
+                name = tokenizer.convert_ids_to_tokens(early)
+                reasons.append(f"row {place + 1}: its target holds the stop token {name!r} before its end")
                 continue
             encoded.row_ids.append(row.prompt_id)
             encoded.places.append(place)
@@ -203,7 +223,11 @@ def _tokenised(turns: list[Turn], tokenizer: Any, ending: Ending) -> tuple[list[
     Where a token would span the end of the prompt, the prompt keeps its own ids, as generation starts from them, and
     the target's text is tokenised by itself.
     """
-    texts = [own.preamble + own.answer + (own.tail if ending.in_template else "") for own in turns]
+    end = tokenizer.convert_ids_to_tokens(ending.end_id)
+    texts = []
+    for own in turns:
+        before, found, _ = own.tail.partition(end) if ending.in_template else ("", "", "")
+        texts.append(own.preamble + own.answer + (before + found if found else ""))
     prompts = _ids([own.prompt for own in turns], tokenizer)
     together = _ids([own.prompt + text for own, text in zip(turns, texts, strict=True)], tokenizer)
     targets = []
@@ -217,8 +241,9 @@ def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
-def _special(tokenizer: Any) -> re.Pattern[str]:
+def _special(tokenizer: Any, ending: Ending) -> re.Pattern[str]:
     """Matches the tokens that structure a conversation."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    known = tokenizer.added_tokens_decoder.items()
+    added = [token.content for number, token in known if token.special or number in ending.stop_ids]
     tokens = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, tokens)) or "(?!)")

@@ -27,11 +27,12 @@ class Ending:
     in_template: bool = False  # whether the chat template itself writes end_id after an answer
 
     def close(self, target: Ids) -> list[int]:
-        """The target up to and with its first stop token; with ``end_id`` where it has none."""
-        for place, token in enumerate(target):
-            if token in self.stop_ids:
-                return list(target[: place + 1])
-        return [*target, self.end_id]
+        """The target with ``end_id`` at its end, once."""
+        return list(target) if len(target) and target[-1] == self.end_id else [*target, self.end_id]
+
+    def early(self, target: Ids) -> int | None:
+        """A stop token before the target's end: an answer would stop there."""
+        return next((token for token in target[:-1] if token in self.stop_ids), None)
 
     def cut(self, answer: Sequence[int], room: int) -> Response:
         """Removes what follows a stop token or exceeds ``room``; an answer without one gets none."""

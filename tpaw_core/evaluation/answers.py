@@ -67,9 +67,11 @@ def engine(
 
 
 def answer(text: str, pattern: str) -> str | None:
-    """The answer that ``pattern`` finds in a completion: of its groups, if it has any, the first that matched."""
+    """The answer that ``pattern`` finds in a text: of its groups, if it has any, the first that is not empty."""
     match = re.search(pattern, text)
-    return match and next((group for group in match.groups() if group), match.group()).strip()
+    if match is None or (match.groups() and not any(match.groups())):  # the harness would find an empty answer
+        return None
+    return next((group for group in match.groups() if group), match.group()).strip()
 
 
 def targets(name: str, rows: Sequence[Row], places: Sequence[int], settings: Evaluation) -> list[str]:
