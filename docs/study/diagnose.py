@@ -137,7 +137,7 @@ def calibration(sure: Sequence[float], correct: Sequence[bool]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
-    parser.add_argument("--seeds", type=int, default=3, help="so many of the plan's first seeds")
+    parser.add_argument("--seeds", type=int, default=3, help="how many of the plan's first seeds")
     parser.add_argument("--rate", type=float, help="this learning rate instead of each method's best")
     parser.add_argument("--name", default="diagnosis", help="of the CSV file")
     arguments = parser.parse_args()

@@ -85,7 +85,7 @@ def test_a_failure_is_the_stages_own_message_and_temporary_where_a_retry_can_hel
     [
         "ERROR: 'dvc.lock' is invalid.",
         "ERROR: '../project/dvc.lock' validation failed.",
-        "ERROR: unable to read: '/work/dvc.lock', YAML file structure is corrupted",
+        "ERROR: unable to read: '/project/dvc.lock', YAML file structure is corrupted",
     ],
 )
 def test_a_lock_that_dvc_cannot_read_is_told_from_other_failures(line: str) -> None:

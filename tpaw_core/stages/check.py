@@ -13,6 +13,7 @@ from tpaw_core.data.rows import Row, read_rows
 from tpaw_core.errors import TpawError
 from tpaw_core.stages import data, encode
 from tpaw_core.stages.context import Context
+from tpaw_core.stages.storage import readable
 
 PROBED = 2e9  # bytes of weights: a larger model is probed when `sft` has loaded it
 COPIES = 2  # of a checkpoint on disk: in the workspace and in DVC's cache
@@ -124,20 +125,15 @@ def _resources(context: Context, parameters: int, problems: Problems) -> None:
     free = shutil.disk_usage(context.workspace.root).free
     where = "the accelerator" if cuda else "this machine"
     logger.info("%s parameters", f"{parameters:,}")
-    logger.info("memory: %s and activations; %s has %s", _readable(memory), where, _readable(has))
-    logger.info("disk: %s for all iterations; %s are free", _readable(disk), _readable(free))
+    logger.info("memory: %s and activations; %s has %s", readable(memory), where, readable(has))
+    logger.info("disk: %s for all iterations; %s are free", readable(disk), readable(free))
     if memory > has:
         problems.append(
-            f"memory: weights, gradients and the states of {optimiser} take {_readable(memory)}, and {where} has "
-            f"{_readable(has)}; use a smaller model, or training.optim=rmsprop or adafactor"
+            f"memory: weights, gradients and the states of {optimiser} take {readable(memory)}, and {where} has "
+            f"{readable(has)}; use a smaller model, or training.optim=rmsprop or adafactor"
         )
     if disk > free:
         problems.append(
-            f"disk: the checkpoints of all iterations take {_readable(disk)}, and {_readable(free)} are free; free up "
+            f"disk: the checkpoints of all iterations take {readable(disk)}, and {readable(free)} are free; free up "
             "space, set model.dtype=bfloat16, or start the flow with prune_after=true"
         )
-
-
-def _readable(size: float) -> str:
-    unit, name = next((found for found in ((1e9, "GB"), (1e6, "MB")) if size >= found[0]), (1e3, "kB"))
-    return f"{size / unit:.1f} {name}"

@@ -36,9 +36,9 @@ def report_size(context: Context, model: PreTrainedModel) -> None:
         "a checkpoint of %s parameters in %s takes %s on disk; this run's %d take %s",
         f"{parameters:,}",
         trained,
-        _readable(each),
+        readable(each),
         iterations + 1,
-        _readable(first + iterations * each),
+        readable(first + iterations * each),
     )
 
 
@@ -65,6 +65,7 @@ def report_kept(
     context.warn(early_warnings.of_storage(kept, name), iteration)
 
 
-def _readable(size: int) -> str:
+def readable(size: float) -> str:
+    """A number of bytes with its unit."""
     unit, name = next((found for found in ((1e9, "GB"), (1e6, "MB")) if size >= found[0]), (1e3, "kB"))
     return f"{size / unit:.1f} {name}"
