@@ -335,7 +335,7 @@ def test_a_target_in_which_an_answer_would_stop_early_is_refused_by_row() -> Non
     tokenizer = make(CHATML)
     word = tokenizer("3 times 2 is 6.", add_special_tokens=False)["input_ids"][2]
     ending = encoding.find_ending(tokenizer, [row()], {}, [word])
-    with pytest.raises(TpawError, match=r"row 1: its target holds the stop token .* before its end"):
+    with pytest.raises(TpawError, match=r"^rows: 1 of 1 .*row 1: its target holds the stop token .* before its end"):
         encoding.encode([row()], tokenizer, ending, max_length=400, max_skipped=0.0, name="rows", options={})
 
 

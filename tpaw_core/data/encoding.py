@@ -193,8 +193,8 @@ def encode(
                 )
                 continue
             if (early := ending.early(target)) is not None:
-                name = tokenizer.convert_ids_to_tokens(early)
-                reasons.append(f"row {place + 1}: its target holds the stop token {name!r} before its end")
+                stop = tokenizer.convert_ids_to_tokens(early)
+                reasons.append(f"row {place + 1}: its target holds the stop token {stop!r} before its end")
                 continue
             encoded.row_ids.append(row.prompt_id)
             encoded.places.append(place)

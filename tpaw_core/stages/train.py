@@ -105,18 +105,17 @@ def _groups(context: Context, iteration: int, encoded: EncodedRows, objective: O
     """The team's triplets with their weights, checked to belong together."""
     from tpaw_core.engine.training.batches import Groups
 
-    workspace = context.workspace
+    workspace, digest = context.workspace, context.encoded_digest
     team = read_team(workspace, iteration)
     path = files.need(workspace.weights(iteration), f"make it with `tpaw weights --iteration {iteration}`")
-    weights = read_weights(path, team.players, context.encoded_digest)
+    weights = read_weights(path, team.players, digest)
     opponents = [member.digest for member in team.members for _ in encoded.row_ids]
     if weights.prompt_ids != encoded.row_ids * len(team.members) or weights.opponents != opponents:
         raise TpawError(f"{path}: does not match encoded/train.parquet and teams/{iteration}.json; make it again")
     shape = len(team.members), len(encoded.row_ids), team.players  # opponents, rows, players
 
     def answers(member: Any) -> Any:
-        path, digest = workspace.place(member.synthetic), context.encoded_digest
-        return read_responses(path, encoded.row_ids, member.synthetic_sha256, digest)
+        return read_responses(workspace.place(member.synthetic), encoded.row_ids, member.synthetic_sha256, digest)
 
     return Groups(
         encoded.prompts,
