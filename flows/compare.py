@@ -44,15 +44,15 @@ def compare(
     """Compare self-play methods on a recipe.
 
     Args:
-        recipe: a recipe's name; by default the active params.yaml.
+        recipe: a recipe's name; by default params.yaml's.
         methods: names that `tpaw compare` knows, or "mine:objective.eta=2"; by default tpaw, spin and sft.
         seeds: "1-5" or "1,2,7".
-        rates: learning rates that every method tries, "1e-4,3e-4".
+        rates: learning rates to try with every method, e.g. "1e-4,3e-4".
         iterations: how many.
-        tuning_seeds: how many of the seeds choose the rate.
-        validation_rows: how many held-out rows choose the rate; they are not reported.
+        tuning_seeds: number of seeds used to choose the rate.
+        validation_rows: number of held-out rows used to choose the rate; they are not reported.
         overrides: "section.key=value" entries for all methods.
-        folder: the study's; by default studies/RECIPE.
+        folder: the study's folder; by default studies/RECIPE.
     """
     home = plan.home(Workspace(), recipe, Path(folder) if folder else None)
     options = {

@@ -61,7 +61,7 @@ def _dvc(*arguments: str) -> list[str]:
         return run("dvc", *arguments)
     except LockDamaged:
         aside = LOCK.rename(f"{LOCK}.damaged")
-        get_run_logger().warning("%s: is damaged; moved to %s, and every stage is checked again", LOCK, aside)
+        get_run_logger().warning("%s: is damaged; moved to %s, and all stages will be rechecked", LOCK, aside)
         return run("dvc", *arguments)
 
 

@@ -27,7 +27,7 @@ from tpaw_core.workspace.paths import Workspace
 
 
 def can_help(task: Any, run: Any, state: Any) -> bool:
-    """Retry where the failure may pass: not where the stage refused its input."""
+    """Retry if the failure may be temporary, not if the stage rejected its input."""
     error = state.result(raise_on_failure=False)
     return not isinstance(error, dvc.StageFailed) or error.temporary
 
@@ -126,13 +126,13 @@ def tpaw(
     prune_after: bool = False,
     rerun_other_code: bool = False,
 ) -> None:
-    """Improve a model from its own fine-tuning rows.
+    """Improve a model using its own fine-tuning rows.
 
     Args:
         iterations: how many; by default all that params.yaml lists.
-        recipe: switch params.yaml to this recipe first; by default params.yaml stays.
+        recipe: switch params.yaml to this recipe first; by default params.yaml is left unchanged.
         overrides: "section.key=value" entries, written to params.yaml.
-        prune_after: after each iteration delete what no team, alias or lineage needs any more (`tpaw prune`).
+        prune_after: after each iteration delete what no team or alias still needs (`tpaw prune`).
         rerun_other_code: rerun the checkpoints that a different version of the code made (`tpaw lineage` shows which).
     """
     console.show()

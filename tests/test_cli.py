@@ -78,7 +78,7 @@ def test_help_names_every_stage(tpaw: Tpaw) -> None:
         ),
         (["encode"], "data/train.jsonl: does not exist; make it with `tpaw data`"),
         (["evaluate", "-t", "0"], "encoded/tokenizer/ending.json: does not exist; make it again with `tpaw encode`"),
-        (["generate", "-t", "9"], "--iteration 9: params.yaml has 4 iterations; add it there"),
+        (["generate", "-t", "9"], "--iteration 9: params.yaml lists only 4 iterations; add iteration 9 there"),
         (["use", "dmo"], "recipe 'dmo': no such recipe (did you mean 'demo'?)"),
         (["use", "demo", "objective.etaa=3"], "unknown key 'objective.etaa' (did you mean 'eta'?)"),
     ],
@@ -167,7 +167,7 @@ def test_a_stage_whose_flow_is_gone_does_not_start(tpaw: Tpaw) -> None:
     gone.wait()
     done = tpaw("sft", TPAW_OWNER=str(gone.pid))
     assert done.returncode == 1
-    assert done.stderr == f"error: the flow (process {gone.pid}) that started this stage is gone\n"
+    assert done.stderr == f"error: the flow (process {gone.pid}) that started this stage has ended\n"
 
 
 def test_a_damaged_team_file_is_named(tpaw: Tpaw, workspace: Workspace) -> None:
@@ -191,10 +191,10 @@ def test_dash_c_works_on_another_folder(
     assert (done.returncode, done.stdout) == (0, "data/: 30 train rows, 10 held-out rows\n")
     assert len(workspace.train_rows.read_text().splitlines()) == 30
     done = tpaw("-C", folder, "verify", cwd=elsewhere)
-    assert (done.returncode, done.stdout) == (0, "checked: 1 data sets\nnothing disagrees\n")
+    assert (done.returncode, done.stdout) == (0, "checked: datasets 1\nno problems found\n")
     assert list(elsewhere.iterdir()) == []
 
 
 def test_dash_c_with_what_is_not_a_folder_is_refused(tpaw: Tpaw) -> None:
     done = tpaw("-C", "nothing", "data")
-    assert (done.returncode, done.stderr) == (1, "error: -C nothing: is not a folder\n")
+    assert (done.returncode, done.stderr) == (1, "error: -C nothing: not a folder\n")

@@ -29,8 +29,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-AtIteration = Annotated[int, typer.Option("--iteration", "-t", min=1, help="Iteration t produces checkpoint t.")]
-AtCheckpoint = Annotated[int, typer.Option("--iteration", "-t", min=0, help="The checkpoint.")]
+AtIteration = Annotated[int, typer.Option("--iteration", "-t", min=1, help="Iteration number t.")]
+AtCheckpoint = Annotated[int, typer.Option("--iteration", "-t", min=0, help="Checkpoint number t (0: SFT).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...")]
 _workspace = Workspace()
 
@@ -50,7 +50,7 @@ def main() -> None:
         sys.exit(error.exit_status if isinstance(error, TpawError) else 1)
 
 
-@app.callback(epilog="--traceback, after any command, shows where an error came from.")
+@app.callback(epilog="Add --traceback to any command for the full traceback.")
 def _options(
     folder: Annotated[
         Path, typer.Option("-C", metavar="FOLDER", help="Work in this folder.", file_okay=False)
@@ -58,7 +58,7 @@ def _options(
 ) -> None:
     global _workspace
     if not folder.is_dir():
-        raise TpawError(f"-C {folder}: is not a folder")
+        raise TpawError(f"-C {folder}: not a folder")
     _workspace = Workspace(folder)
     console.quieten_libraries()
     console.show()
@@ -66,7 +66,7 @@ def _options(
 
 @app.command()
 def use(
-    recipe: Annotated[str | None, typer.Argument(help="A recipe's name; omit it to change the active params.")] = None,
+    recipe: Annotated[str | None, typer.Argument(help="A recipe's name; omit it to change params.yaml.")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Switch params.yaml to a recipe, with overrides."""
@@ -80,7 +80,7 @@ def use(
 
 @app.command()
 def data() -> None:
-    """Make data/ from the recipe's rows."""
+    """Build data/ from the rows that params.yaml names."""
     from tpaw_core.stages import data as stage
 
     counts = stage.data(_context())
@@ -89,7 +89,7 @@ def data() -> None:
 
 @app.command()
 def check() -> None:
-    """Find in seconds whatever a run would refuse, and list all of it."""
+    """Check rows, model, benchmarks, memory and disk, and list every problem. Replaces data/."""
     _run("check")
 
 
@@ -101,31 +101,31 @@ def encode() -> None:
 
 @app.command()
 def sft() -> None:
-    """Make checkpoint 0."""
+    """Fine-tune the base model: checkpoint 0."""
     _run("sft")
 
 
 @app.command()
 def generate(iteration: AtIteration) -> None:
-    """Generate checkpoint t-1's answers to the training prompts."""
+    """Answer the training prompts with checkpoint t-1, for iteration t."""
     _run("generate", iteration)
 
 
 @app.command()
 def team(iteration: AtIteration) -> None:
-    """Choose the team from the registry."""
+    """Choose the team of iteration t from the registered checkpoints."""
     _run("team", iteration)
 
 
 @app.command()
 def weights(iteration: AtIteration) -> None:
-    """Score the triplets and compute the player weights."""
+    """Score the triplets of iteration t and compute the player weights."""
     _run("weights", iteration)
 
 
 @app.command()
 def train(iteration: AtIteration) -> None:
-    """Make checkpoint t."""
+    """Train checkpoint t against the team of iteration t."""
     _run("train", iteration)
 
 
@@ -155,14 +155,14 @@ def table() -> None:
 @app.command()
 def compare(
     recipe: Annotated[
-        str | None, typer.Argument(help="A recipe's name; default: the study's own, or the active params.")
+        str | None, typer.Argument(help="A recipe's name; default: that of an existing study, else params.yaml.")
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ..., for all methods.")] = None,
     methods: Annotated[
         list[str] | None, typer.Option("--method", "-m", help="A method's name, or 'mine:objective.eta=2'; repeatable.")
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="1-5, or 1,2,7.")] = None,
-    rates: Annotated[str | None, typer.Option(help="Learning rates that every method tries: 1e-4,3e-4.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, e.g. 1-5 or 1,2,7.")] = None,
+    rates: Annotated[str | None, typer.Option(help="Learning rates to try with every method, e.g. 1e-4,3e-4.")] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="Number of iterations.")] = None,
     tuning_seeds: Annotated[
         int | None, typer.Option(min=1, help="Number of seeds used to choose the learning rate.")
@@ -172,13 +172,13 @@ def compare(
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="The study's folder; default: studies/RECIPE.")] = None,
 ) -> None:
-    """Compare methods on a recipe, with seeds and intervals; finished cells are reused."""
+    """Compare methods on a recipe over several seeds, with 95% intervals; finished runs are reused."""
     from tpaw_core.processes import parent
     from tpaw_core.study import mlflow_runs, page, plan, results
     from tpaw_core.study.run import run
 
-    recipe, given = _apart(recipe, overrides)
     parent.exit_with_parent()
+    recipe, given = _apart(recipe, overrides)
     home, planned = plan.make(
         _workspace, recipe, given,
         methods=methods,
@@ -199,22 +199,22 @@ def compare(
 def register(
     again: Annotated[bool, typer.Option("--again", help="Bring back versions that were deleted.")] = False,
 ) -> None:
-    """Make sure that every checkpoint is registered in MLflow."""
+    """Register in MLflow any checkpoint that is not registered yet."""
     for iteration, version in _context().register(again=again):
-        print(f"checkpoint {iteration}: {f'version {version}' if version else 'deleted; --again brings it back'}")
+        print(f"checkpoint {iteration}: {f'version {version}' if version else 'was deleted; --again restores it'}")
 
 
 @app.command()
 def verify() -> None:
-    """Check everything that one file records about another, here, in DVC's cache and in MLflow."""
+    """Check all recorded digests and references in the workspace, DVC's cache and MLflow."""
     from tpaw_core.upkeep import verify as upkeep
 
     found = upkeep.check(_workspace, _context().registry)
-    checked = "checked: " + ", ".join(f"{count} {kind}" for kind, count in found.checked.items())
+    checked = "checked: " + (", ".join(f"{kind} {count}" for kind, count in found.checked.items()) or "nothing is here")
     print("\n".join([*(f"note: {note}" for note in found.notes), *found.disagreements, checked]))
     if found.disagreements:
-        raise TpawError(f"{len(found.disagreements)} disagreements, listed above")
-    print("nothing disagrees")
+        raise TpawError(f"problems: {len(found.disagreements)}, listed above")
+    print("no problems found")
 
 
 @app.command()
@@ -227,17 +227,16 @@ def lineage(iteration: AtCheckpoint) -> None:
 
 @app.command()
 def prune(yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False) -> None:
-    """List what no team, alias or lineage needs any more; with --yes, delete it."""
+    """List checkpoints and caches that no team or alias still needs; with --yes, delete them."""
     from tpaw_core.upkeep import prune as upkeep
 
-    context = _context()
     with _workspace.exclusive("prune"):
-        found = upkeep.deletions(context)
+        found = upkeep.deletions(_context())
         for deletion in found:
             print(f"{deletion.bytes / 1e6:.1f} MB: {deletion.what}")
             if yes:
                 deletion.delete()
-    done = "deleted" if yes else "can be deleted; `tpaw prune --yes` does it"
+    done = "deleted" if yes else "can be deleted with `tpaw prune --yes`"
     print(f"{sum(deletion.bytes for deletion in found) / 1e6:.1f} MB {done}" if found else "nothing can be deleted")
 
 
@@ -262,8 +261,7 @@ def status() -> None:
     """Show which services are running."""
     from tpaw_core.processes import services
 
-    for service in services.status(_workspace):
-        print(service)
+    print(*services.status(_workspace), sep="\n")
 
 
 @app.command("preload", hidden=True)
@@ -291,7 +289,9 @@ def _run(name: str, iteration: int | None = None) -> None:
 
     context = _context()
     if iteration is not None and iteration > (known := len(context.params.iterations)):
-        raise TpawError(f"--iteration {iteration}: params.yaml has {known} iterations; add it there")
+        raise TpawError(
+            f"--iteration {iteration}: params.yaml lists only {known} iterations; add iteration {iteration} there"
+        )
     parent.exit_with_parent()
     stage: Callable[..., None] = getattr(import_module(f"tpaw_core.stages.{name}"), name)
     started = time.monotonic()

@@ -129,7 +129,7 @@ def test_two_workspaces_share_one_mlflow_and_every_checkpoint_is_registered_once
     for project in (served, other):
         project.environment["MLFLOW_TRACKING_URI"] = uri
         try:
-            assert "nothing disagrees" in project.run("tpaw", "verify").stdout
+            assert "no problems found" in project.run("tpaw", "verify").stdout
         finally:
             del project.environment["MLFLOW_TRACKING_URI"]
     other.close()
@@ -197,7 +197,7 @@ def test_a_broken_model_and_broken_rows_are_both_named_before_anything_is_traine
     alone = served.run("tpaw", "check", check=False)
     assert alone.returncode == 1
     for said in (log, alone.stderr):
-        assert "2 to fix before a run:" in said
+        assert "2 problems to fix before a run:" in said
         assert re.search(r"- rows\.jsonl: 20 of 40 rows cannot be used; first: row 21: ", said)
         assert "- model 'broken': cannot be loaded" in said
     assert "Running stage" not in log

@@ -268,7 +268,7 @@ def test_dash_c_works_from_another_folder(outside: tuple[Project, Path]) -> None
     there.run("tpaw", "-C", "../project", "use", "objective.eta=6.0")
     shutil.rmtree(project.workspace.data)
     assert there.run("tpaw", "-C", "../project", "data").stdout == "data/: 48 train rows, 16 held-out rows\n"
-    assert "nothing disagrees" in there.run("tpaw", "-C", "../project", "verify").stdout
+    assert "no problems found" in there.run("tpaw", "-C", "../project", "verify").stdout
     there.run("tpaw", "-C", str(project.folder), "weights", "-t", "2")
     there.run("tpaw", "-C", "../project", "team", "-t", "2")
     assert project.stale() == set()

@@ -63,7 +63,7 @@ def test_a_digest_prefix_shorter_than_eight_characters_excludes_nobody(prefix: s
     ("count", "vetoed", "exclude"), [(0, (), ()), (2, (0, 1), ()), (2, (0,), (1,)), (2, (), (0, DIGESTS[1]))]
 )
 def test_a_team_of_nobody_is_refused(count: int, vetoed: tuple[int, ...], exclude: tuple[int | str, ...]) -> None:
-    with pytest.raises(ValueError, match=f"no checkpoint before iteration {count} may play"):
+    with pytest.raises(ValueError, match=f"no checkpoint before iteration {count} is eligible"):
         team(count, vetoed, exclude=exclude)
 
 

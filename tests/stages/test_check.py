@@ -92,6 +92,10 @@ def test_a_sound_model_and_rows_have_nothing_to_fix(own: Callable[..., str]) -> 
         pytest.param(["evaluation.tasks=[heldout, gsm9k]"], {}, "has no task named 'gsm9k'", marks=pytest.mark.slow),
         (["model.chat_template={% for m in messages %}{{ 'x' }}{% endfor %}"], {}, "does not show its message"),
         (["model.chat_template={% for m in %}"], {}, "not valid Jinja"),
+        (["training.optim=foo"], {}, "training: .*optim=foo.* not a valid"),
+        (["sft.lr_scheduler_type=cosine_with_min_lr"], {}, "sft: .*min_lr"),
+        (["generation.backend=vllm", "generation.python=/nowhere/python"], {}, "no such interpreter"),
+        (["generation.backend=vllm", "generation.python=/usr/bin/env"], {}, "has no vllm"),
         (["model.chat_template=missing.jinja"], {}, r"missing\.jinja: does not exist"),
         ([], {"vocab_size": 200}, "have no embedding"),
         ([], {"break_model": change("config.json", quantization_config={"quant_method": "awq"})}, "is quantised"),
@@ -108,10 +112,16 @@ def test_one_broken_thing_is_named(
 
 @pytest.mark.slow  # reads the harness's list of tasks
 def test_several_are_listed_together(own: Callable[..., str]) -> None:
-    said = own("model.max_length=5", "evaluation.metric=acc", "evaluation.tasks=[heldout, gsm9k]", vocab_size=200)
-    for part in ("model.max_length is 5", "scored by exact_match", "no task named", "have no embedding"):
+    said = own(
+        "model.max_length=5",
+        "evaluation.metric=acc",
+        "evaluation.tasks=[heldout, gsm9k]",
+        "sft.optim=foo",
+        vocab_size=200,
+    )
+    for part in ("optim=foo", "model.max_length is 5", "scored by exact_match", "no task named", "have no embedding"):
         assert part in said
-    assert said.startswith(f"{said.count(chr(10) + '- ')} to fix before a run:")
+    assert said.startswith(f"{said.count(chr(10) + '- ')} problems to fix before a run:")
 
 
 def test_broken_rows_alone_are_one_thing_to_fix(workspace: Workspace) -> None:
@@ -119,7 +129,7 @@ def test_broken_rows_alone_are_one_thing_to_fix(workspace: Workspace) -> None:
     for name, line in (("train", '{"prompt": "2 + 2"}'), ("heldout", '{"prompt": "3 + 3", "completion": "#### 6"}')):
         (workspace.root / f"{name}.jsonl").write_text(line)
     broken = ["data.path=train.jsonl", "data.heldout_path=heldout.jsonl", "data.max_train_rows=null"]
-    alone = f"1 to fix before a run:\n- {workspace.root / 'train.jsonl'}: "
+    alone = f"1 problem to fix before a run:\n- {workspace.root / 'train.jsonl'}: "
     assert checked(workspace, "demo", *broken).startswith(alone)
     assert checked(workspace, "demo", *SMALL) == ""
     other = [*broken, "evaluation.answer_pattern=@@ (\\d+)"]

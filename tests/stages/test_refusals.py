@@ -247,7 +247,7 @@ def test_a_team_that_names_a_path_elsewhere_is_damaged(name: str, workspace: Wor
 
 def test_weights_refuse_a_member_that_was_made_again(workspace: Workspace) -> None:
     remade(workspace, 0)
-    message = r"checkpoints/0: is not the checkpoint that teams/2\.json names; make the team again"
+    message = r"checkpoints/0: is not the checkpoint recorded in teams/2\.json; rerun `tpaw team --iteration 2`"
     refused(message, workspace, weights, 2)
 
 

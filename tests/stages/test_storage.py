@@ -177,6 +177,6 @@ def test_training_in_another_precision_than_the_judges_is_refused(tmp_path: Path
         train._settings(asked, 1)
 
     assert str(refused.value) == (
-        f"{path}: was scored in {scored}, and training.bf16={str(bf16).lower()} trains in another precision; "
-        "make it again with `tpaw weights --iteration 1`"
+        f"{path}: was scored in {scored}, but training.bf16={str(bf16).lower()} asks for the other precision; "
+        "recreate it with `tpaw weights --iteration 1`"
     )

@@ -123,10 +123,10 @@ def test_a_planted_corruption_is_found_and_named(longer_project: Project, what: 
 
 def test_a_healthy_workspace_has_nothing_that_disagrees(longer_project: Project) -> None:
     done = longer_project.run("tpaw", "verify")
-    assert done.stdout.endswith("nothing disagrees\n")
+    assert done.stdout.endswith("no problems found\n")
     assert "note: " not in done.stdout
     assert (
-        "checked: 1 data sets, 4 encoded files, 5 checkpoints, 4 synthetic data sets, 4 teams, 4 weights" in done.stdout
+        "checked: datasets 1, encoded files 4, checkpoints 5, synthetic datasets 4, teams 4, weights 4" in done.stdout
     )
     assert "5 versions in the registry" in done.stdout
 
@@ -165,7 +165,7 @@ def test_a_disagreement_is_printed_and_the_status_is_1(longer_project: Project) 
     done = longer_project.run("tpaw", "verify", check=False)
     assert done.returncode == 1
     assert "metrics/0.json" in done.stdout
-    assert "error: 2 disagreements, listed above" in done.stderr
+    assert "error: problems: 2, listed above" in done.stderr
 
 
 def test_a_checkpoint_of_other_code_is_a_note_and_not_a_disagreement(longer_project: Project) -> None:
@@ -191,7 +191,7 @@ def test_notes_alone_leave_the_status_at_0(longer_project: Project) -> None:
         "note: checkpoints/0: was made by a different version of the code (method, encoding); "
         "`dvc repro --force --single-item sft` reruns it"
     )
-    assert done.stdout.endswith("nothing disagrees\n")
+    assert done.stdout.endswith("no problems found\n")
 
 
 def test_a_manifest_without_code_is_of_an_earlier_version_and_no_note(longer_project: Project) -> None:

@@ -34,7 +34,7 @@ class Scratch(Section):
 class Model(Section):
     model_name_or_path: str | None = None  # hub id or local folder; null: train `scratch` from nothing
     revision: str | None = None
-    chat_template: str | None = None  # Jinja text, or a file that holds it, in place of the tokenizer's own
+    chat_template: str | None = None  # a Jinja template or a file that contains one, in place of the tokenizer's own
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # for the template: {enable_thinking: false}
     # Of checkpoints on disk. auto: float32, in which they are trained; a ready model (sft.enabled=false) as it came.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -137,7 +137,7 @@ class Evaluation(Section):
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"is not a regular expression ({error})") from None
+            raise ValueError(f"is not a valid regular expression ({error})") from None
         return pattern
 
 
@@ -169,12 +169,14 @@ class Params(Section):
             raise ValueError("model: set model_name_or_path, or set scratch to train a small model from scratch")
         if self.model.model_name_or_path is None and not self.sft.enabled:
             raise ValueError(
-                "sft.enabled: a model built from scratch is untrained; set this to true, or name a trained model"
+                "sft.enabled: a model from scratch is untrained; set this to true, or set model.model_name_or_path"
             )
         if self.objective.name != "tpaw" and 1 not in (self.team.size, self.team.players):
-            raise ValueError(f"team.players: objective.name={self.objective.name} has one player; set team.players=1")
+            raise ValueError(
+                f"team.players: objective.name={self.objective.name} supports only one player; set team.players=1"
+            )
         if "validation" in self.evaluation.tasks and self.data.validation_rows is None:
-            raise ValueError("data.validation_rows: evaluation.tasks names validation; set how many rows it gets")
+            raise ValueError("data.validation_rows: evaluation.tasks includes validation; set its number of rows here")
         own = {"heldout", "validation"} & {
             self.evaluation.primary,
             *self.evaluation.tasks,
@@ -183,7 +185,10 @@ class Params(Section):
             raise ValueError(f"evaluation.primary: {self.evaluation.primary!r} is not in evaluation.tasks")
         for number, (key, entry) in enumerate(self.iterations.items(), start=1):
             if key != str(number) or entry.previous != number - 1:
-                raise ValueError(f"iterations.{key}: write '{number}': {{previous: {number - 1}}} here, in this order")
+                raise ValueError(
+                    f"iterations.{key}: the keys are 1, 2, 3 ... in order, each with the one before as previous; "
+                    f"write '{number}': {{previous: {number - 1}}} here"
+                )
         return self
 
     def objective_at(self, iteration: int) -> Objective:

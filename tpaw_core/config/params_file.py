@@ -99,9 +99,7 @@ def validate(tree: Mapping[str, Any], source: str) -> Params:
     try:
         plain = json.loads(json.dumps(tree))
     except (TypeError, ValueError, RecursionError) as error:  # a tag, a date, an alias within itself
-        raise TpawError(
-            f"{source}: contains a value of a type that no parameter accepts ({error}); quote it as text"
-        ) from None
+        raise TpawError(f"{source}: contains a value of an unsupported type ({error}); quote it as text") from None
     try:
         return Params.model_validate(plain)
     except ValidationError as error:
@@ -166,7 +164,7 @@ def _explain(item: Any, source: str) -> str:
         return f"{source}: unknown key {key!r}{_near(location[-1], _fields(location[:-1]))}; remove it or fix its name"
     if item["type"] == "missing":
         return f"{source}: {key!r} is missing; add it"
-    message = item["msg"].removeprefix("Value error, ")
+    message = item["msg"].removeprefix("Value error, ").removesuffix(", unable to interpret input")
     got = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
     return f"{source}: {key}: {message}{got}" if key else f"{source}: {message}"
 

@@ -28,7 +28,7 @@ def of_storage(kept: float, dtype: str) -> str | None:
     if kept >= MOSTLY_KEPT:
         return None
     return (
-        f"stored in {dtype}, the checkpoint keeps {kept:.2g} of what training changed, and rounding removes the rest: "
+        f"stored in {dtype}, the checkpoint keeps only {kept:.2g} of the training update; rounding loses the rest: "
         "set model.dtype=float32 and train again (generation.dtype decides what generation computes in)"
     )
 
@@ -49,5 +49,5 @@ def of_training(log: Sequence[Mapping[str, float]]) -> str | None:
         return None
     return (
         f"the target reward has fallen to {mean:.3g}: targets are less likely than before this iteration. Lower "
-        "training.learning_rate or raise objective.eta, and go back to the previous checkpoint"
+        "training.learning_rate or raise objective.eta, and use the previous checkpoint"
     )

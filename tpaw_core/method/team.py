@@ -43,5 +43,5 @@ def assemble(
     if len({c.iteration for c in eligible}) < len(eligible):
         raise ValueError("two candidates share an iteration")
     if not eligible:
-        raise ValueError(f"no checkpoint before iteration {iteration} may play: all are vetoed, excluded or missing")
+        raise ValueError(f"no checkpoint before iteration {iteration} is eligible: all are vetoed, excluded or missing")
     return sorted(eligible, key=lambda c: c.iteration, reverse=True)[:size]

@@ -20,7 +20,7 @@ def exit_with_parent() -> None:
     watched = [psutil.Process(os.getppid())] if os.getppid() > 1 else []
     if flow := os.environ.get("TPAW_OWNER"):
         if not psutil.pid_exists(int(flow)):
-            raise TpawError(f"the flow (process {flow}) that started this stage is gone")
+            raise TpawError(f"the flow (process {flow}) that started this stage has ended")
         watched.append(psutil.Process(int(flow)))
 
     def watch() -> None:

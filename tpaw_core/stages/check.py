@@ -1,4 +1,4 @@
-"""check: everything that a run could refuse, found in seconds and listed at once. Trains nothing."""
+"""check: everything that would stop a run, found before it starts and listed at once. Trains nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tpaw_core.artifacts import checkpoint
 from tpaw_core.data.rows import Row, read_rows
@@ -15,7 +15,10 @@ from tpaw_core.stages import data, encode
 from tpaw_core.stages.context import Context
 from tpaw_core.stages.storage import readable
 
-PROBED = 2e9  # bytes of weights: a larger model is probed when `sft` has loaded it
+if TYPE_CHECKING:
+    from tpaw_core.config.params import Optimisation
+
+PROBED = 2e9  # bytes of weights; a larger model is probed when `sft` has loaded it, and a line says so
 COPIES = 2  # of a checkpoint on disk: in the workspace and in DVC's cache
 # Bytes per parameter that an optimiser keeps beside float32 weights and gradients.
 STATES = {"adamw": 8, "adam": 8, "rmsprop": 4, "adagrad": 4, "sgd": 0, "lion": 4, "adafactor": 1}
@@ -50,15 +53,17 @@ def check(context: Context) -> None:
         with problems.found():
             tokenizer, shipped = encode.base_tokenizer(context)
             problems += encode.reasons(tokenizer)
-    if tokenizer is not None and not problems:
+    if known and tokenizer is not None and not encode.reasons(tokenizer):
         _rows_as_ids(context, tokenizer, shipped, problems)
     _benchmarks(context, heldout, problems)
+    _settings(context, problems)
     if tokenizer is not None:
         _model(context, tokenizer, problems)
     if problems:
         found = list(dict.fromkeys(problems))
-        raise TpawError("\n".join([f"{len(found)} to fix before a run:", *(f"- {problem}" for problem in found)]))
-    logger.info("nothing to fix: %s", params.recipe)
+        counted = f"{len(found)} {'problem' if len(found) == 1 else 'problems'}"
+        raise TpawError("\n".join([f"{counted} to fix before a run:", *(f"- {problem}" for problem in found)]))
+    logger.info("no problems found in recipe %s", params.recipe)
 
 
 def _rows_as_ids(context: Context, tokenizer: Any, shipped: list[int], problems: Problems) -> None:
@@ -68,7 +73,7 @@ def _rows_as_ids(context: Context, tokenizer: Any, shipped: list[int], problems:
             with problems.found():
                 rows = encode.rows(context, tokenizer, ending, name)
                 longest = max(len(p) + len(c) for p, c in zip(rows.prompts, rows.chosen, strict=True))
-                logger.info("%s: %d rows, the longest of %d tokens", name, len(rows.row_ids), longest)
+                logger.info("%s: %d rows, the longest has %d tokens", name, len(rows.row_ids), longest)
 
 
 def _benchmarks(context: Context, heldout: list[Row], problems: Problems) -> None:
@@ -81,12 +86,32 @@ def _benchmarks(context: Context, heldout: list[Row], problems: Problems) -> Non
             answers.targets(answers.HELDOUT, heldout, range(len(heldout)), settings)
 
 
+def _settings(context: Context, problems: Problems) -> None:
+    """Optimisers and schedules that torch and transformers know, and the interpreter that has vllm."""
+    from tpaw_core.engine.generation import vllm_client
+    from tpaw_core.engine.training import loop
+
+    for name, settings in _trained(context).items():
+        with problems.found():
+            loop.probe(name, settings)
+    if context.params.generation.backend == "vllm":
+        with problems.found():
+            vllm_client.interpreter(context.workspace, context.params.generation)
+
+
+def _trained(context: Context) -> dict[str, Optimisation]:
+    """The sections of params.yaml by which this run trains."""
+    params = context.params
+    return {**({"sft": params.sft} if params.sft.enabled else {}), "training": params.training}
+
+
 def _model(context: Context, tokenizer: Any, problems: Problems) -> None:
     """Its structure without weights; its behaviour where it is small enough to load in seconds."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from tpaw_core.engine import scratch, suitability
+    from tpaw_core.engine.training import loop
 
     params, own, pad_id = context.params, context.params.model, tokenizer.pad_token_id
     with problems.found():
@@ -105,6 +130,11 @@ def _model(context: Context, tokenizer: Any, problems: Problems) -> None:
                 loaded = checkpoint.load_model(source, dtype="float32", revision=own.revision)
                 of_behaviour = suitability.of_behaviour(loaded, pad_id)
                 problems += [f"model {own.model_name_or_path!r}: {reason}" for reason in of_behaviour]
+            elif not known:
+                logger.info("a model of this size is probed when it is first loaded, at the start of sft")
+        for settings in _trained(context).values():
+            with problems.found():
+                loop.need_checkpointing(model, settings)
         _resources(context, model.num_parameters(), problems)
 
 
@@ -116,24 +146,25 @@ def _resources(context: Context, parameters: int, problems: Problems) -> None:
     from tpaw_core.engine import precision
 
     params = context.params
-    optimiser = params.training.optim.lower()
-    states = next((size for name, size in STATES.items() if optimiser.startswith(name)), 8)
-    memory = (4 + 4 + states) * parameters
+    memory, optimiser = max(
+        ((4 + 4 + next((size for known, size in STATES.items() if name.startswith(known)), 8)) * parameters, name)
+        for name in (settings.optim.lower() for settings in _trained(context).values())
+    )
     disk = COPIES * (len(params.iterations) + 1) * precision.checkpoint_bytes(parameters, params.checkpoint_dtype)
     cuda = torch.cuda.is_available()
     has = torch.cuda.mem_get_info()[1] if cuda else psutil.virtual_memory().total
     free = shutil.disk_usage(context.workspace.root).free
     where = "the accelerator" if cuda else "this machine"
     logger.info("%s parameters", f"{parameters:,}")
-    logger.info("memory: %s and activations; %s has %s", readable(memory), where, readable(has))
-    logger.info("disk: %s for all iterations; %s are free", readable(disk), readable(free))
+    logger.info("memory: %s plus activations needed; %s has %s", readable(memory), where, readable(has))
+    logger.info("disk: %s for all iterations; %s is free", readable(disk), readable(free))
     if memory > has:
         problems.append(
-            f"memory: weights, gradients and the states of {optimiser} take {readable(memory)}, and {where} has "
-            f"{readable(has)}; use a smaller model, or training.optim=rmsprop or adafactor"
+            f"memory: weights, gradients and optimizer state ({optimiser}) need {readable(memory)}, but {where} has "
+            f"only {readable(has)}; use a smaller model, or set optim to rmsprop or adafactor"
         )
     if disk > free:
         problems.append(
-            f"disk: the checkpoints of all iterations take {readable(disk)}, and {readable(free)} are free; free up "
-            "space, set model.dtype=bfloat16, or start the flow with prune_after=true"
+            f"disk: the checkpoints of all iterations need {readable(disk)}, but only {readable(free)} is free; free "
+            "up space, set model.dtype=bfloat16, or start the flow with prune_after=true"
         )

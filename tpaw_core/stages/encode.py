@@ -95,6 +95,7 @@ def _template(context: Context, given: str) -> str:
     if "{" in given:
         return given
     path = files.need(
-        context.workspace.input(given), "model.chat_template takes a Jinja text, or a file that holds one"
+        context.workspace.input(given),
+        "model.chat_template must be a Jinja template, or the path of a file that contains one",
     )
     return path.read_text(encoding="utf-8")

@@ -37,7 +37,7 @@ def generate(context: Context, iteration: int) -> None:
             "seed": params.seed + iteration,
         }
         if settings.backend == "vllm":
-            python = workspace.input(settings.python or vllm_client.PYTHON)
+            python = vllm_client.interpreter(workspace, settings)
             responses = vllm_client.generate(folder, prompts, settings, **options, dtype=dtype, python=python)
         else:
             model = checkpoint.load_model(folder, dtype=dtype)
@@ -48,7 +48,7 @@ def generate(context: Context, iteration: int) -> None:
         total, chosen = len(responses), encoded.chosen
         equal = sum(response.ids == target for response, target in zip(responses, chosen, strict=True))
         cut = sum(response.finish_reason == "length" for response in responses)
-        logger.info("%d responses: %d equal their target, %d were cut at the limit", total, equal, cut)
+        logger.info("%d responses: %d equal their target, %d reached the length limit", total, equal, cut)
         if registry:
             run = registry.runs.iteration_run(iteration)
             registry.runs.log_dataset(run, workspace.synthetic(iteration), total, "synthetic")

@@ -58,7 +58,7 @@ def report_kept(
     if rounds and parent is not None:  # mapped from disk, beside a model that may fill the accelerator
         before = checkpoint.load_model(parent, revision=revision, device="cpu")
     kept = precision.update_kept(model, before, name) if rounds else 1.0
-    logger.info("checkpoint %d, stored in %s, keeps %.4f of its update", iteration, name, kept)
+    logger.info("checkpoint %d is stored in %s and keeps %.4f of its update", iteration, name, kept)
     if context.registry:
         run = context.registry.runs.iteration_run(iteration)
         context.registry.runs.log_metrics(run, [(0, {"checkpoint/update_kept": kept})])

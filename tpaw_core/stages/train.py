@@ -96,8 +96,8 @@ def _settings(context: Context, iteration: int) -> Optimisation:
     path = files.need(context.workspace.weights(iteration), f"make it {how}")
     scored = scored_in(path)
     if scored is not None and settings.bf16 != "auto" and settings.bf16 != (scored == "bfloat16"):
-        asked = f"training.bf16={str(settings.bf16).lower()} trains in another precision"
-        raise TpawError(f"{path}: was scored in {scored}, and {asked}; make it again {how}")
+        asked = f"training.bf16={str(settings.bf16).lower()} asks for the other precision"
+        raise TpawError(f"{path}: was scored in {scored}, but {asked}; recreate it {how}")
     return precision.settled(settings, "training", scored)
 
 
@@ -111,7 +111,10 @@ def _groups(context: Context, iteration: int, encoded: EncodedRows, objective: O
     weights = read_weights(path, team.players, digest)
     opponents = [member.digest for member in team.members for _ in encoded.row_ids]
     if weights.prompt_ids != encoded.row_ids * len(team.members) or weights.opponents != opponents:
-        raise TpawError(f"{path}: does not match encoded/train.parquet and teams/{iteration}.json; make it again")
+        raise TpawError(
+            f"{path}: does not match encoded/train.parquet and teams/{iteration}.json; recreate it with "
+            f"`tpaw weights --iteration {iteration}`"
+        )
     shape = len(team.members), len(encoded.row_ids), team.players  # opponents, rows, players
 
     def answers(member: Any) -> Any:

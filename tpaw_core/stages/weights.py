@@ -38,7 +38,9 @@ def weights(context: Context, iteration: int) -> None:
         for member in team.judges:
             if checkpoint.verify(workspace, member.iteration).digest != member.digest:
                 which = f"{workspace.place(member.checkpoint)}: is not the checkpoint"
-                raise TpawError(f"{which} that teams/{iteration}.json names; make the team again")
+                raise TpawError(
+                    f"{which} recorded in teams/{iteration}.json; rerun `tpaw team --iteration {iteration}`"
+                )
         encoded = context.encoded()
         products = precision.of_products(context.params.training.bf16, "training.bf16")
         pairs, table, scored = _scores(context, team, encoded, read_encoding(workspace).pad_id, products)

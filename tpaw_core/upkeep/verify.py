@@ -71,7 +71,7 @@ def check(workspace: Workspace, registry: Registry | None) -> Findings:
 
 def _rows(found: Findings) -> None:
     if found.workspace.data.exists():
-        with found.of("data sets", found.workspace.data):
+        with found.of("datasets", found.workspace.data):
             prepare.verify(found.workspace, must_exist=True)
 
 
@@ -124,7 +124,7 @@ def _synthetic(found: Findings) -> None:
     rows: dict[str, str] | None = None
     for iteration in workspace.iterations("synthetic"):
         path = workspace.synthetic(iteration)
-        with found.of("synthetic data sets", path):
+        with found.of("synthetic datasets", path):
             if rows is None:
                 rows = {row.prompt_id: row.completion for row in read_rows(workspace.train_rows)}
             columns = ["prompt_id", "iteration", "opponent", "chosen", "rejected_ids"]

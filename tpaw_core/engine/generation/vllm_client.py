@@ -20,10 +20,22 @@ from tpaw_core.errors import TpawError
 
 if TYPE_CHECKING:
     from tpaw_core.config.params import Generation
+    from tpaw_core.workspace.paths import Workspace
 
 PYTHON = ".venv-vllm/bin/python"  # where `make vllm` puts it
 WORKER = Path(__file__).with_name("vllm_worker.py")
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
+def interpreter(workspace: Workspace, settings: Generation) -> Path:
+    """The one that has vllm. Raises TpawError if it does not exist or has none."""
+    python = workspace.input(settings.python or PYTHON)
+    if not python.exists():
+        raise TpawError(f"generation.python {str(python)!r}: no such interpreter; `make vllm` installs it")
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    if subprocess.run([str(python), "-c", look]).returncode != 0:
+        raise TpawError(f"generation.python {str(python)!r}: this interpreter has no vllm; `make vllm` installs it")
+    return python
 
 
 def generate(
@@ -39,10 +51,8 @@ def generate(
 ) -> list[Response]:
     """One response per prompt, from a process that gives the accelerator back when it ends.
 
-    Raises TpawError where the interpreter is missing or vllm fails.
+    Raises TpawError if vllm fails.
     """
-    if not python.exists():
-        raise TpawError(f"generation.python {str(python)!r}: no such interpreter; `make vllm` makes one that has vllm")
     room = limits(prompts, max_new_tokens=settings.max_new_tokens, max_length=max_length)
     request = {
         "model": str(model),
@@ -62,6 +72,6 @@ def generate(
             [str(python), str(WORKER), str(asked), str(answered)], env={**os.environ, **QUIET}
         ).returncode
         if code != 0 or not answered.exists():
-            raise TpawError(f"vllm ({python}) ended with status {code}; its own message is above")
+            raise TpawError(f"vllm ({python}) failed with status {code}; see its output above")
         answers = json.loads(answered.read_text())
     return [ending.cut(ids, tokens) for ids, tokens in zip(answers, room, strict=True)]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import math
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from tpaw_core.data.tokens import Pair
 from tpaw_core.engine.logps import response_logps
@@ -48,6 +49,8 @@ def sft(
 
     Dropout stays as the model's config has it, as in TRL's SFTTrainer.
     """
+
+    probe("sft", settings)
 
     def collate(places: list[int], pack: Packer) -> list[Targets]:
         tokens = sum(len(rows[place][1]) for place in places)
@@ -90,6 +93,8 @@ def self_play(
     Raises Diverged where the loss, a gradient or a log-probability is not finite.
     """
 
+    probe("training", settings)
+
     def collate(batch: list[Group], pack: Packer) -> list[Triplets]:
         parts = split_by_tokens(batch, prompt_group, settings.max_tokens)
         return [triplets(part, pack, of=len(batch)) for part in parts]
@@ -125,14 +130,12 @@ def _policy(model: PreTrainedModel, groups: Iterable[PromptGroup], pad_id: int) 
 
 
 def _arguments(model: PreTrainedModel, settings: Optimisation, seed: int, state: Path, rows: int) -> TrainingArguments:
-    if settings.activation_checkpointing and not model.supports_gradient_checkpointing:
-        raise TpawError(
-            f"{type(model).__name__} does not support activation checkpointing; set sft.activation_checkpointing=false "
-            "and training.activation_checkpointing=false"
-        )
+    need_checkpointing(model, settings)
     batch = settings.per_device_train_batch_size
+    # new in transformers 5.18
+    checkpointing: dict[str, Any] = {"activation_checkpointing": True} if settings.activation_checkpointing else {}
     steps = math.ceil(math.ceil(rows / batch) / settings.gradient_accumulation_steps) * settings.num_train_epochs
-    arguments = _checked(
+    arguments = TrainingArguments(
         output_dir=str(state),
         learning_rate=settings.learning_rate,
         num_train_epochs=settings.num_train_epochs,
@@ -145,7 +148,7 @@ def _arguments(model: PreTrainedModel, settings: Optimisation, seed: int, state:
         max_grad_norm=settings.max_grad_norm,
         bf16=fastest().precision == "bfloat16" if settings.bf16 == "auto" else settings.bf16,
         use_cpu=not torch.cuda.is_available(),
-        **({"activation_checkpointing": True} if settings.activation_checkpointing else {}),  # new in transformers 5.18
+        **checkpointing,
         seed=seed,
         data_seed=seed,
         save_strategy="steps",
@@ -164,11 +167,31 @@ def _arguments(model: PreTrainedModel, settings: Optimisation, seed: int, state:
     return arguments
 
 
-def _checked(**options: Any) -> TrainingArguments:
+def need_checkpointing(model: PreTrainedModel, settings: Optimisation) -> None:
+    """Raise TpawError if the settings ask for activation checkpointing and the model does not support it."""
+    if settings.activation_checkpointing and not model.supports_gradient_checkpointing:
+        raise TpawError(
+            f"{type(model).__name__} does not support activation checkpointing; set sft.activation_checkpointing=false "
+            "and training.activation_checkpointing=false"
+        )
+
+
+def probe(section: str, settings: Optimisation) -> None:
+    """One step of a small layer with the section's optimiser and schedule. Raises TpawError if it fails."""
+    layer, plain = torch.nn.Linear(2, 2), settings.model_copy(update={"activation_checkpointing": False})
     try:
-        return TrainingArguments(**options)
-    except (ValueError, ImportError) as error:  # an unknown optimiser or schedule, bf16 where the device has none
-        raise TpawError(f"sft or training: {str(error).splitlines()[0]}") from None
+        with tempfile.TemporaryDirectory(prefix="tpaw-probe-") as folder:
+            trainer = Trainer(layer, _arguments(cast("PreTrainedModel", layer), plain, 0, Path(folder), rows=100))
+            trainer.create_optimizer_and_scheduler(100)
+            layer(torch.ones(1, 2, device=layer.weight.device)).sum().backward()
+            assert trainer.optimizer is not None
+            assert trainer.lr_scheduler is not None
+            trainer.optimizer.step()
+            trainer.lr_scheduler.step()
+    except Exception as error:  # an unknown name, a package that is missing, an option that has no key here
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        used = f"optim={settings.optim}, lr_scheduler_type={settings.lr_scheduler_type}, bf16={settings.bf16}"
+        raise TpawError(f"{section}: training fails with {used}: {reason}") from None
 
 
 def _run(trainer: PartsTrainer, state: Path) -> list[dict[str, float]]:
