@@ -312,7 +312,7 @@ def test_train_refuses_weights_that_belong_to_others(other: str, workspace: Work
     else:
         found = found._replace(prompt_ids=["0" * 16, *found.prompt_ids[1:]])
     write_weights(workspace.weights(2), found, digest(workspace), "float32")
-    message = r"weights/2\.parquet: does not match encoded/train\.parquet and teams/2\.json; make it again"
+    message = r"weights/2\.parquet: does not match encoded/train\.parquet and teams/2\.json; recreate it"
     refused(message, workspace, train, 2)
 
 

@@ -104,7 +104,7 @@ def test_the_share_that_is_kept_is_said_recorded_and_warned_of(
         storage.report_kept(asked, 1, trained(model, change), None if from_nothing else base)
 
     assert runs.metrics["checkpoint/update_kept"] == pytest.approx(kept, abs=0.01)
-    assert f"checkpoint 1, stored in {asked.params.checkpoint_dtype}, keeps" in caplog.text
+    assert f"checkpoint 1 is stored in {asked.params.checkpoint_dtype} and keeps" in caplog.text
     assert [record.levelname for record in caplog.records].count("WARNING") == warned
     assert bool(runs.warnings) == warned
     assert ("set model.dtype=float32" in caplog.text) == warned
