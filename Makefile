@@ -11,12 +11,13 @@ demo: up  ## SFT and four iterations of a small model through Prefect, DVC and M
 	$(BIN)/prefect deployment run tpaw/iterate --watch --param recipe=demo --param 'overrides=["seed=$(SEED)"]'
 	@echo && $(BIN)/tpaw table && echo && $(BIN)/tpaw status
 
-# All tests of a file run in one process, because they may share an expensive workspace.
+# All tests of a file run in one process, because they may share an expensive workspace; the slow files come first.
+TEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: install  ## all tests except the one that needs vllm
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(TEST)
 
 test-quick: install  ## the fast tests, under a minute in total
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not vllm"
+	$(TEST) -m "not slow and not vllm"
 
 test-vllm: install vllm  ## compare the vllm backend with the transformers backend
 	$(BIN)/pytest -m vllm

@@ -6,6 +6,7 @@ Imports torch and transformers where a fixture needs them, so that tests of plai
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import os
 import shutil
@@ -28,12 +29,21 @@ from tpaw_core.config import params_file
 from tpaw_core.config.params import Params, Scratch
 from tpaw_core.data import arithmetic
 from tpaw_core.data.rows import Row
-from tpaw_core.processes import fork_server
 from tpaw_core.workspace.paths import Workspace
 
 ROOT = Path(__file__).parents[1]
 MAX_LENGTH = 128
 TINY = Scratch(vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest first, so that at the end no process of pytest-xdist works alone."""
+    items.sort(key=lambda item: "end_to_end" not in item.path.parts)
+
+
+def pytest_collection_finish() -> None:
+    """Trainer collects garbage after every run: what is imported by now need not be looked through each time."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -204,10 +214,22 @@ def architecture() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """An empty folder, with the preloaded process from which the commands of all projects are forked."""
+    made = Project(tmp_path_factory.mktemp("host"))
+    made.preload()
+    server = made.server
+    yield made
+    made.close()
+    assert server is not None
+    assert server.returncode == 0
+
+
+@pytest.fixture(scope="session")
+def finished(host: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     """A project after `dvc repro` of SFT and two iterations. Tests that change something take a copy."""
-    project = _shared(tmp_path_factory, "finished", _two_iterations)
-    project.preload()
+    project = _shared(tmp_path_factory, "finished", partial(_two_iterations, host))
+    project.fork_from(host)
     yield project
     project.close()
 
@@ -224,14 +246,14 @@ def project(finished: Project, tmp_path: Path) -> Iterator[Project]:
 def longer(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     """The finished project after two more iterations. Tests that change something take a copy."""
     made = _shared(tmp_path_factory, "longer", partial(_four_iterations, finished))
-    made.environment[fork_server.ADDRESS] = finished.environment[fork_server.ADDRESS]
+    made.fork_from(finished)
     yield made
     made.close()
 
 
-def _two_iterations(folder: Path) -> Project:
+def _two_iterations(host: Project, folder: Path) -> Project:
     made = Project.make(folder, "sft.num_train_epochs=2")
-    made.preload()
+    made.fork_from(host)
     made.run(*COMMANDS["repro"])
     return made
 

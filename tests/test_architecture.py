@@ -6,12 +6,9 @@ import os
 import subprocess
 import sys
 import sysconfig
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-
-from tpaw_core.processes import fork_server
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "mlflow", "prefect", "dvc", "lm_eval", "datasets", "pandas", "pyarrow", "matplotlib")
@@ -42,12 +39,6 @@ def test_help_answers_without_the_heavy_libraries(arguments: list[str]) -> None:
     *text, loaded = run(code, ROOT).strip().splitlines()
     assert loaded == "[]"
     assert any("Usage" in line for line in text)
-
-
-@pytest.mark.parametrize("name", fork_server.MODULES)
-def test_the_fork_server_imports_modules_that_exist(name: str) -> None:
-    """A name that does not would end it, and with it the first command."""
-    assert find_spec(name) is not None
 
 
 STEP = """

@@ -9,28 +9,20 @@ from collections.abc import Iterator
 
 import pytest
 
+from chaos import faults
 from chaos.campaign import Campaign
 from tests.support.workspace import Project
-from tpaw_core.processes import fork_server
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """Has the preloaded process from which every test's commands are forked."""
-    made = Project.bare(tmp_path_factory.mktemp("host") / "project")
-    yield made
-    made.close()
-
-
 @pytest.fixture
-def campaign(project: Project, host: Project) -> Iterator[Campaign]:
-    host.preload()  # a test may have killed it
-    project.server, project.environment[fork_server.ADDRESS] = host.server, host.environment[fork_server.ADDRESS]
+def campaign(project: Project, host: Project, kind: str) -> Iterator[Campaign]:
+    shared = faults.KINDS[kind].strike is not faults.server
+    project.server = host.server if shared else None
     yield Campaign(project, seed=1)
-    if project.server is host.server:
-        project.server = None
+    if shared:
+        project.server = None  # it stays for other tests
 
 
 @pytest.mark.parametrize(

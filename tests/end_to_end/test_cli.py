@@ -1,4 +1,4 @@
-"""The command line as users run it, each time in a new interpreter."""
+"""The command line as users run it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.workspace import Project
 from tpaw_core.config import params_file
+from tpaw_core.processes import fork_server
 from tpaw_core.workspace.paths import Workspace
 
 pytestmark = pytest.mark.slow
@@ -74,8 +76,9 @@ def test_a_silent_tracking_server_ends_a_stage_with_the_status_of_a_temporary_fa
 
 
 def test_a_disk_that_runs_full_in_a_stage_is_one_message_and_costs_nothing_made(
-    tpaw: Tpaw, small_disk: Path, workspace: Workspace
+    tpaw: Tpaw, small_disk: Path, workspace: Workspace, host: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(fork_server.ADDRESS, host.environment[fork_server.ADDRESS])
     settings = ["data.max_train_rows=16", "data.max_heldout_rows=4", "sft.num_train_epochs=1"]
     (small_disk / "params.yaml").write_text(params_file.resolve(workspace, "demo", settings)[1])
     assert tpaw("data", cwd=small_disk).returncode == 0

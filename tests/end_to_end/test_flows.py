@@ -21,7 +21,6 @@ from mlflow import MlflowClient
 
 from tests.support.workspace import BIN, COMMANDS, Project
 from tpaw_core.artifacts import checkpoint
-from tpaw_core.processes import fork_server
 
 pytestmark = pytest.mark.slow
 
@@ -113,7 +112,7 @@ def test_two_workspaces_share_one_mlflow_and_every_checkpoint_is_registered_once
 ) -> None:
     """Equal settings, so equal checkpoints: each joins the version that is there, whichever workspace was first."""
     other = Project.make(tmp_path / "other", "sft.num_train_epochs=2")
-    other.environment[fork_server.ADDRESS] = finished.environment[fork_server.ADDRESS]
+    other.fork_from(finished)
     for path in ("synthetic", "teams", "weights", "checkpoints", "training", "metrics"):
         for made_before in (served.folder / path).glob("2*"):
             shutil.rmtree(made_before) if made_before.is_dir() else made_before.unlink()

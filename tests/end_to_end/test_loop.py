@@ -204,7 +204,7 @@ def test_a_template_that_writes_the_date_gives_the_same_bytes_after_midnight(fin
     base, template = finished.workspace.checkpoint(0), tmp_path / "dated.jinja"
     settings = [f"model.model_name_or_path={base}", f"model.chat_template={template}", "sft.num_train_epochs=1"]
     made = Project.make(tmp_path / "dated", *settings, iterations=1)
-    made.environment[fork_server.ADDRESS] = finished.environment[fork_server.ADDRESS]
+    made.fork_from(finished)
     workspace = made.workspace
     made.run(*COMMANDS["repro"], "train@1", "evaluate@1")
     outputs = [

@@ -57,13 +57,13 @@ class Study(Project):
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
+def done(host: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
     """After a study of three methods, two seeds and two iterations, that chooses the rate on the first seed.
 
     Tests that change something take a copy.
     """
     made = Study.bare(tmp_path_factory.mktemp("study") / "project")
-    made.preload()
+    made.fork_from(host)
     made.compare("demo", *METHODS, *OPTIONS, *SETTINGS)
     yield made
     made.close()
@@ -72,18 +72,17 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
 @pytest.fixture
 def project(done: Study, tmp_path: Path) -> Study:
     """A copy of the finished study."""
-    return _preloaded(Study(done.copy(tmp_path / "project").folder), done)
+    made = Study(done.copy(tmp_path / "project").folder)
+    made.fork_from(done)
+    return made
 
 
 @pytest.fixture
 def empty(done: Study, tmp_path: Path) -> Study:
     """A project without a study."""
-    return _preloaded(Study.bare(tmp_path / "empty"), done)
-
-
-def _preloaded(study: Study, by: Study) -> Study:
-    study.environment[fork_server.ADDRESS] = by.environment[fork_server.ADDRESS]
-    return study
+    made = Study.bare(tmp_path / "empty")
+    made.fork_from(done)
+    return made
 
 
 def results(project: Study, name: str = "demo") -> pd.DataFrame:

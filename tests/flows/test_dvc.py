@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from flows import dvc
-from tests.support.workspace import BIN
+from tests.support.workspace import BIN, Project
 from tpaw_core.processes import fork_server
 from tpaw_core.workspace.paths import Workspace
 
@@ -40,11 +40,11 @@ def initialised(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(initialised: Path, tmp_path: Path, messages: object, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(initialised: Path, host: Project, tmp_path: Path, messages: object, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, as of a flow run, with a project of one stage."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
-    monkeypatch.delenv(fork_server.ADDRESS, raising=False)
+    monkeypatch.setenv(fork_server.ADDRESS, host.environment[fork_server.ADDRESS])
     shutil.copytree(initialised, tmp_path / ".dvc")
     (tmp_path / "dvc.yaml").write_text(STAGE)
     (tmp_path / "stage.sh").write_text(SCRIPT)
@@ -244,6 +244,6 @@ def test_while_commands_are_preloaded_they_are_forked_and_the_server_ends_with_t
     with dvc.preloaded():
         assert Path(os.environ[fork_server.ADDRESS]).exists()
         assert dvc.repro("one")
-        (server,) = [p for p in psutil.Process().children() if "preload" in p.cmdline()]
+        (server,) = [p for p in psutil.Process().children() if os.environ[fork_server.ADDRESS] in p.cmdline()]
     assert fork_server.ADDRESS not in os.environ
     assert not server.is_running()

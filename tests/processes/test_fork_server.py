@@ -8,29 +8,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 from filelock import FileLock
 
+from tests.support.workspace import Project
 from tpaw_core.processes import fork_server
 
 TPAW = [str(Path(sys.executable).parent / "tpaw")]
 DVC = [sys.executable, "-m", "tpaw_core.processes.fork_server", "dvc"]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[bytes]]:
-    address = tmp_path_factory.mktemp("preload") / "socket"
-    process = subprocess.Popen([*TPAW, "preload", str(address)], stdin=subprocess.PIPE)
-    _until(address.exists)
-    os.environ[fork_server.ADDRESS] = str(address)
-    yield process
-    del os.environ[fork_server.ADDRESS]
-    process.communicate(timeout=30)
-    assert process.returncode == 0
+@pytest.fixture
+def server(host: Project, monkeypatch: pytest.MonkeyPatch) -> psutil.Popen:
+    monkeypatch.setenv(fork_server.ADDRESS, host.environment[fork_server.ADDRESS])
+    assert host.server is not None
+    return host.server
 
 
 def _until(condition: Callable[[], object]) -> None:
@@ -40,7 +36,7 @@ def _until(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
-def _jobs(server: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def _jobs(server: psutil.Popen) -> list[psutil.Process]:
     return psutil.Process(server.pid).children(recursive=True)
 
 
@@ -60,7 +56,7 @@ def test_what_is_imported_beforehand_exists(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["status"], ["no-such-command"], ["train", "-t", "1"], ["--help"]])
 def test_output_and_status_are_those_of_the_command_by_itself(
-    arguments: list[str], server: subprocess.Popen[bytes], tmp_path: Path
+    arguments: list[str], server: psutil.Popen, tmp_path: Path
 ) -> None:
     expected = _run(*TPAW, *arguments, folder=tmp_path, alone=True)
     assert _run(*TPAW, *arguments, folder=tmp_path) == expected
@@ -68,7 +64,7 @@ def test_output_and_status_are_those_of_the_command_by_itself(
 
 
 @pytest.mark.slow
-def test_dvc_runs_there_too_and_its_commands_after_it(server: subprocess.Popen[bytes], tmp_path: Path) -> None:
+def test_dvc_runs_there_too_and_its_commands_after_it(server: psutil.Popen, tmp_path: Path) -> None:
     (tmp_path / "dvc.yaml").write_text("stages: {a: {cmd: 'tpaw status > out', outs: [out]}}")
     assert _run(*DVC, "init", "--no-scm", "-q", folder=tmp_path)[0] == 0
     status, said, _ = _run(*DVC, "repro", folder=tmp_path)
@@ -83,7 +79,7 @@ def test_dvc_runs_there_too_and_its_commands_after_it(server: subprocess.Popen[b
 
 
 @pytest.mark.slow
-def test_a_command_ends_with_who_asked_for_it(server: subprocess.Popen[bytes], tmp_path: Path, root: Path) -> None:
+def test_a_command_ends_with_who_asked_for_it(server: psutil.Popen, tmp_path: Path, root: Path) -> None:
     (tmp_path / ".tpaw").mkdir()
     (tmp_path / "params.yaml").write_bytes((root / "params.yaml").read_bytes())
     with FileLock(tmp_path / ".tpaw" / "lock"):
@@ -98,9 +94,7 @@ def test_a_command_ends_with_who_asked_for_it(server: subprocess.Popen[bytes], t
 
 
 @pytest.mark.slow
-def test_a_command_that_is_killed_ends_as_a_shell_says_it(
-    server: subprocess.Popen[bytes], tmp_path: Path, root: Path
-) -> None:
+def test_a_command_that_is_killed_ends_as_a_shell_says_it(server: psutil.Popen, tmp_path: Path, root: Path) -> None:
     (tmp_path / ".tpaw").mkdir()
     (tmp_path / "params.yaml").write_bytes((root / "params.yaml").read_bytes())
     with FileLock(tmp_path / ".tpaw" / "lock"):

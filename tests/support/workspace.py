@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+DVC = [sys.executable, "-m", "tpaw_core.processes.fork_server", "dvc"]
 COMMANDS = {
-    "repro": [sys.executable, "-m", "tpaw_core.processes.fork_server", "dvc", "repro"],
+    "repro": [*DVC, "repro"],
     "flow": [str(BIN / "prefect"), "deployment", "run", "tpaw/iterate", "--watch"],
 }
 TINY = [
@@ -98,11 +99,10 @@ class Project:
         path.write_text(re.sub(r"(?m)(^iterations:\n)(^  '\d+': .*\n)+", rf"\g<1>{kept}", path.read_text()))
 
     def copy(self, folder: Path) -> Project:
-        """Another project with the same files. Its commands are forked from the same preloaded process."""
+        """Another project with the same files, and the same preloaded process."""
         subprocess.run(["cp", "--archive", self.folder, folder], check=True)  # hard links stay links
         made = Project(folder)
-        if (address := self.environment.get(fork_server.ADDRESS)) is not None:
-            made.environment[fork_server.ADDRESS] = address
+        made.fork_from(self)
         if (database := made.workspace.mlflow / "mlflow.db").exists():
             moved = (str(self.folder), str(folder))
             with closing(sqlite3.connect(database)) as connection, connection:
@@ -111,7 +111,9 @@ class Project:
         return made
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True)
+        """A command in the folder; tpaw and dvc are forked from the preloaded process where there is one."""
+        words = [*DVC, *command[1:]] if command[0] == "dvc" else command
+        done = subprocess.run(words, cwd=self.folder, env=self.environment, capture_output=True, text=True)
         assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
         return done
 
@@ -134,6 +136,11 @@ class Project:
         while not Path(address).exists() and self.server.poll() is None:
             time.sleep(0.05)
         self.environment[fork_server.ADDRESS] = address
+
+    def fork_from(self, other: Project) -> None:
+        """From now on commands are forked from another project's preloaded process, if it has one."""
+        if (address := other.environment.get(fork_server.ADDRESS)) is not None:
+            self.environment[fork_server.ADDRESS] = address
 
     def close(self) -> None:
         """End what was started for this project."""

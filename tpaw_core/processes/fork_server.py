@@ -7,6 +7,7 @@ does not survive a fork.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -22,14 +23,13 @@ from pathlib import Path
 ADDRESS = "TPAW_PRELOAD"
 PACKAGES = {"dvc": "dvc", "tpaw": "tpaw_core"}  # by the name of the command
 MODULES = (
-    "dvc.cli", "dvc.commands.repro", "dvc.dependency", "dvc.fs", "dvc.repo.reproduce",
+    "dvc.cli.parser", "dvc.dependency", "dvc.fs", "dvc.repo.plots", "dvc.repo.reproduce", "dvc.scm", "networkx",
     "torch", "torch._dynamo", "transformers.trainer", "transformers.models.llama.modeling_llama",
-    "lm_eval.evaluator", "lm_eval.models.huggingface", "matplotlib.pyplot", "mlflow", "pyarrow.parquet",
-    "tpaw_core.cli", "tpaw_core.evaluation.harness", "tpaw_core.tracking.registry",
-    "tpaw_core.engine.training.loop", "tpaw_core.stages.train",
+    "lm_eval.evaluator", "lm_eval.models.huggingface", "matplotlib.pyplot", "pyarrow.parquet",
+    "mlflow.store.model_registry.sqlalchemy_store", "mlflow.store.tracking.sqlalchemy_store",
+    "tpaw_core.cli", "tpaw_core.engine.training.loop", "tpaw_core.evaluation.harness", "tpaw_core.stages.check",
+    "tpaw_core.stages.train", "tpaw_core.tracking.registry",
 )  # fmt: skip
-
-
 STREAMS = (0, 1, 2)
 
 
@@ -41,10 +41,13 @@ def serve(address: str) -> None:
     for name in MODULES:
         importlib.import_module(name)
     import torch
+    from sqlalchemy.orm import configure_mappers
 
     if torch.accelerator.is_available():  # its driver does not survive a fork
         Path(address).unlink()
         return
+    configure_mappers()  # MLflow's tables: else each command does it
+    gc.freeze()  # a collection in a command would copy all of this process's memory
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the system
     while True:
         ready, _, _ = select.select([listener.fileno(), 0], [], [])
