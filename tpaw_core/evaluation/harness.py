@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,11 +61,10 @@ def evaluate(
         found.update(_plain(results))
         sampled = results["samples"].get(HELDOUT, [])
     if others := [task for task in settings.tasks if task not in OWN]:
-        manager = TaskManager()
         results = simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, max_length=max_length),
             tasks=others,
-            task_manager=manager,
+            task_manager=_known_tasks(),
             limit=settings.limit,
             apply_chat_template=tokenizer.chat_template is not None,
             log_samples=False,
@@ -82,12 +82,18 @@ def reasons(settings: Evaluation) -> Iterator[str]:
     if settings.primary in OWN and settings.metric != METRIC:
         yield f"evaluation.metric: {settings.primary} is scored by {METRIC}, not by {settings.metric!r}"
     if others := [task for task in settings.tasks if task not in OWN]:
-        from lm_eval.tasks import TaskManager
-
-        known = TaskManager().all_tasks
+        known = _known_tasks().all_tasks
         for task in others:
             if task not in known:
                 yield f"evaluation.tasks: lm-evaluation-harness has no task named {task!r}"
+
+
+@cache
+def _known_tasks() -> Any:
+    """The harness's own tasks: it takes seconds to look through their files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _plain(results: Any) -> dict[str, dict[str, int | float]]:
