@@ -42,7 +42,7 @@ def main() -> None:
     show = "--traceback" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--traceback"]
     try:
-        app()
+        app(prog_name="tpaw")
     except Exception as error:
         if show or (message := explanation(error, _workspace.root)) is None:
             raise
