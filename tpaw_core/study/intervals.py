@@ -27,7 +27,7 @@ class Interval(NamedTuple):
         return self.high < 0
 
 
-def mean(values: Sequence[float], level: float = 0.95) -> Interval:
+def mean(values: Sequence[float]) -> Interval:
     """The mean of independent values, one a seed. Raises ValueError where there are none."""
     n = len(values)
     if n == 0:
@@ -36,10 +36,10 @@ def mean(values: Sequence[float], level: float = 0.95) -> Interval:
     if n == 1:
         return Interval(middle, math.nan, math.nan, 1)
     spread = math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (n - 1) / n)
-    half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * spread
+    half = float(stats.t.ppf(0.975, n - 1)) * spread
     return Interval(middle, middle - half, middle + half, n)
 
 
-def difference(ours: dict[int, float], theirs: dict[int, float], level: float = 0.95) -> Interval:
+def difference(ours: dict[int, float], theirs: dict[int, float]) -> Interval:
     """The mean of the differences by seed, over the seeds that both have. Raises ValueError where none is shared."""
-    return mean([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())], level)
+    return mean([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])

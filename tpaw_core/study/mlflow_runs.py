@@ -13,7 +13,7 @@ from mlflow.entities import Metric, Param, Run
 
 from tpaw_core.study.plan import PLAN_FILE, Cell, Plan
 from tpaw_core.study.results import KEY, Results, logged
-from tpaw_core.tracking.client import connect
+from tpaw_core.tracking.client import connect, find_run
 from tpaw_core.workspace import files
 from tpaw_core.workspace.paths import Workspace
 
@@ -62,8 +62,7 @@ def _record_cell(
     ]
     for _, step, entry in logged(cell.workspace(folder), len(cell.params.iterations)):
         metrics += [Metric(key, value, 0, step) for key, value in entry.items() if key not in ("step", "epoch")]
-    for start in range(0, len(metrics), 1000):
-        client.log_batch(run_id, metrics=metrics[start : start + 1000])
+    client.log_batch(run_id, metrics)
     client.set_tag(run_id, "tpaw.chosen", str(bool(rows["chosen"].iloc[0])).lower())
     client.set_tag(run_id, "tpaw.results", digest)
     client.set_terminated(run_id)
@@ -71,6 +70,4 @@ def _record_cell(
 
 def _run(client: MlflowClient, experiment: str, tags: dict[str, str], name: str) -> Run:
     """The run with these tags, or a new one."""
-    query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-    found = client.search_runs([experiment], query, max_results=1)
-    return found[0] if found else client.create_run(experiment, tags=tags, run_name=name)
+    return find_run(client, experiment, tags) or client.create_run(experiment, tags=tags, run_name=name)

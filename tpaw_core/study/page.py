@@ -97,23 +97,19 @@ def rows(plan: Plan, chosen: pd.DataFrame) -> list[Row]:
 
 def points(interval: Interval | None) -> str:
     """An accuracy in percent with its interval."""
-    if interval is None:
-        return "-"
-    ends = "" if math.isnan(interval.low) else f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-    return f"{100 * interval.mean:.1f}{ends}"
+    return _shown(interval, 100.0, ".1f")
 
 
 def signed(interval: Interval | None, scale: float = 100.0) -> str:
     """A difference with its interval, in points where ``scale`` is 100."""
+    return _shown(interval, scale, "+.1f" if scale == 100 else "+.4f")
+
+
+def _shown(interval: Interval | None, scale: float, form: str) -> str:
     if interval is None:
         return "-"
-    digits = 1 if scale == 100 else 4
-    ends = (
-        ""
-        if math.isnan(interval.low)
-        else f" [{scale * interval.low:+.{digits}f}, {scale * interval.high:+.{digits}f}]"
-    )
-    return f"{scale * interval.mean:+.{digits}f}{ends}"
+    mean, low, high = (format(scale * value, form) for value in interval[:3])
+    return mean if math.isnan(interval.low) else f"{mean} [{low}, {high}]"
 
 
 def number(value: float) -> str:

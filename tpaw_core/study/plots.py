@@ -23,11 +23,7 @@ STYLE: Any = {
     "svg.hashsalt": "tpaw",  # the same bytes for the same lines
     "font.size": 9,
 }
-
-
 ITERATION, STEP, ACCURACY = "iteration", "optimiser step", "accuracy, %"
-
-
 TITLES = {  # name: title, what to see in it, axes
     "accuracy": (
         "Accuracy on held-out rows",

@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 
 
 GRID_FILE, STEPS_FILE = "grid.csv", "steps.csv"
-
-
 FAILURE_FILE, SECONDS = Path("failure.txt"), Path("seconds")
-
-
 KEY = ["method", "learning_rate", "seed"]
 
 

@@ -7,9 +7,10 @@ import http.client
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 
 from mlflow import MlflowClient
-from mlflow.entities import Experiment
+from mlflow.entities import Experiment, Run
 from mlflow.exceptions import MlflowException
 
 from tpaw_core.errors import TpawError, Unavailable
@@ -41,6 +42,13 @@ def connect(workspace: Workspace, experiment: str) -> tuple[MlflowClient, Experi
             f"MLFLOW_TRACKING_URI {uri}: {str(error).splitlines()[0]}; check the server's log and, if it "
             "requires a login, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         ) from None
+
+
+def find_run(client: MlflowClient, experiment: str, tags: Mapping[str, str], *also: str) -> Run | None:
+    """The newest run with these tags, for which what ``also`` says holds too."""
+    query = " and ".join([*(f"tags.`{name}` = '{value}'" for name, value in tags.items()), *also])
+    runs = client.search_runs([experiment], query, order_by=["attributes.start_time DESC"], max_results=1)
+    return runs[0] if runs else None
 
 
 def _experiment(client: MlflowClient, name: str, uri: str, artifacts: str | None) -> Experiment:

@@ -130,9 +130,8 @@ class Registry:
         }
         figures["eval/primary"] = metrics.primary.value
         self.client.log_batch(run_id, [Metric(name, value, 0, iteration) for name, value in figures.items()])
-        headline = {name: figures[name] for name in ("eval/primary",)} | {
-            f"iterations/{name}": value for name, value in metrics.training.items()
-        }
+        headline = {"eval/primary": metrics.primary.value}
+        headline |= {f"iterations/{name}": value for name, value in metrics.training.items()}
         self.runs.log_metrics(self.runs.workspace_run(), [(iteration, headline)])
         if samples:
             columns = {name: [sample[name] for sample in samples] for name in samples[0]}

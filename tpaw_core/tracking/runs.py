@@ -97,21 +97,16 @@ class Runs:
         self.client.set_terminated(run.info.run_id, status)
         return run.info.run_id
 
-    def _find(self, tags: Mapping[str, str], also: str = "") -> Run | None:
-        query = " and ".join(
-            [*(f"tags.`{name}` = '{value}'" for name, value in tags.items()), *([also] if also else [])]
-        )
-        runs = self.client.search_runs([self.experiment], query, order_by=["attributes.start_time DESC"], max_results=1)
-        return runs[0] if runs else None
+    def _find(self, tags: Mapping[str, str], *also: str) -> Run | None:
+        return client.find_run(self.client, self.experiment, tags, *also)
 
     def _log_params(self, run: Run, params: Mapping[str, Any]) -> None:
         self.client.log_batch(run.info.run_id, params=[Param(name, str(value)) for name, value in params.items()])
 
     def log_metrics(self, run: Run, entries: Sequence[tuple[int, Mapping[str, float]]]) -> None:
-        """(step, metrics) entries in batches."""
+        """(step, metrics) entries."""
         metrics = [Metric(name, float(value), 0, step) for step, values in entries for name, value in values.items()]
-        for start in range(0, len(metrics), 1000):
-            self.client.log_batch(run.info.run_id, metrics=metrics[start : start + 1000])
+        self.client.log_batch(run.info.run_id, metrics)
 
     def log_dataset(self, run: Run, path: Path, rows: int, context: str) -> None:
         """A data set as an input of the run, with its digest."""
