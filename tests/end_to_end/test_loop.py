@@ -22,7 +22,6 @@ from tpaw_core.artifacts import checkpoint
 from tpaw_core.artifacts.encoded import read_encoded
 from tpaw_core.artifacts.training_log import read_log
 from tpaw_core.engine import scratch
-from tpaw_core.processes import fork_server
 from tpaw_core.workspace.paths import Workspace
 
 pytestmark = pytest.mark.slow
@@ -217,9 +216,9 @@ def test_a_template_that_writes_the_date_gives_the_same_bytes_after_midnight(fin
     shutil.rmtree(workspace.checkpoint(1))
     for path in outputs[-3:]:
         path.unlink()
-    del made.environment[fork_server.ADDRESS]  # the clock moves where an interpreter starts
     paths = [str(tmp_path / "clock"), os.environ.get("PYTHONPATH", "")]
     made.environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TPAW_TEST_DAYS": "1"}
+    made.preload()  # the clock moves where an interpreter starts
     made.run("tpaw", "train", "-t", "1")
     made.run("tpaw", "evaluate", "-t", "1")
     assert {path: path.read_bytes() for path in outputs} == before

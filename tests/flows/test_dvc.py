@@ -240,7 +240,10 @@ def test_a_stage_knows_the_flow_that_started_it(folder: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
-def test_while_commands_are_preloaded_they_are_forked_and_the_server_ends_with_the_block(folder: Path) -> None:
+def test_while_commands_are_preloaded_they_are_forked_and_the_server_ends_with_the_block(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(fork_server.ADDRESS)
     with dvc.preloaded():
         assert Path(os.environ[fork_server.ADDRESS]).exists()
         assert dvc.repro("one")

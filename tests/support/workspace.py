@@ -130,6 +130,7 @@ class Project:
         """From now on commands are forked from a process that has done the imports, as in a flow."""
         if self.server is not None and self.server.is_running() and self.server.poll() is None:
             return
+        self.environment.pop(fork_server.ADDRESS, None)  # else it is itself forked
         address = f"{tempfile.mkdtemp(prefix='tpaw-')}/socket"
         command = [sys.executable, "-m", "tpaw_core", "preload", address]
         self.server = psutil.Popen(command, stdin=subprocess.PIPE, env=self.environment)
