@@ -56,6 +56,7 @@ def test_a_model_that_fits_has_no_reason_against_it() -> None:
     [
         ("gpt2", {}, r"it has 64 positions \(transformer\.wpe\.weight\)"),
         ("opt", {}, r"it has 64 positions \(model\.decoder\.embed_positions\.weight\)"),
+        ("ctrl", {"dff": 16}, r"it has 64 positions \(transformer\.pos_encoding\)"),
         ("gptj", {"rotary_dim": 4}, r"it has 64 positions \(transformer\.h\.0\.attn\.embed_positions\)"),
         ("mpt", {"d_model": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 64}, r"it has 64 positions \(max_seq_len"),
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "its dynamic positions change"),
@@ -136,6 +137,14 @@ def _reversed(own: Any) -> None:
     """Looks at later tokens."""
     forward = own.model.layers[0].mlp.forward
     own.model.layers[0].mlp.forward = lambda states: forward(states) + states.mean(1, keepdim=True)
+
+
+def test_a_config_that_contradicts_itself_is_a_sentence() -> None:
+    """Zamba2's hybrid layers come from another key than layer_types, which then names a layer that is not made."""
+    layers = {"num_hidden_layers": 2, "layer_types": ["mamba", "hybrid"], "head_dim": 16}
+    own = model("zamba2", **{**LLAMA, **layers, "n_mamba_heads": 4, "mamba_headdim": 8, "mamba_d_state": 8})
+    (reason,) = reasons(own)
+    assert reason.startswith("Zamba2ForCausalLM fails on a few tokens (KeyError: 1); correct its config.json where it")
 
 
 @pytest.mark.parametrize(

@@ -360,3 +360,26 @@ def test_the_log_counts_the_tokens_that_were_computed(plain_run: Trained, groups
     in_all = sum(packing.pack([prompt_group(g)]).inputs["input_ids"].numel() for g in groups)
     assert log[-1]["tokens"] == in_all
     assert [entry["tokens"] for entry in log] == sorted(entry["tokens"] for entry in log)
+
+
+def test_a_model_is_trained_in_bfloat16_as_often_as_it_is_asked(
+    make_model: Callable[[int], Any], tokenizer: Any, encoded: list[Any], tmp_path: Path
+) -> None:
+    """Accelerate marks a model that it has prepared, and would not wrap it again."""
+
+    def train(model: Any, state: str) -> str:
+        loop.sft(
+            model,
+            [(e.prompt_ids, e.chosen_ids) for e in encoded[:4]],
+            settings(bf16=True),
+            pad_id=tokenizer.pad_token_id,
+            seed=5,
+            state=tmp_path / state,
+            on_log=lambda step, metrics: None,
+        )
+        return weights_digest(model)
+
+    again, fresh = make_model(0), make_model(0)
+    train(again, "first")
+    fresh.load_state_dict(again.state_dict())
+    assert train(again, "again") == train(fresh, "fresh")

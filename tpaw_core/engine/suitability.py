@@ -87,7 +87,10 @@ def of_behaviour(model: PreTrainedModel, pad_id: int) -> Iterator[str]:
         yield str(error)
     except Exception as error:  # whatever a model raises on three short texts, it is not for it to be trained here
         first = (str(error).splitlines() or [""])[0]
-        yield f"{type(model).__name__} fails on a few tokens ({type(error).__name__}: {first}); name another model"
+        yield (
+            f"{type(model).__name__} fails on a few tokens ({type(error).__name__}: {first}); correct its config.json "
+            "where it contradicts itself, or name another model"
+        )
 
 
 def _longest(model: PreTrainedModel) -> tuple[int | None, str]:

@@ -125,6 +125,9 @@ def _policy(model: PreTrainedModel, groups: Iterable[PromptGroup], pad_id: int) 
             yield pack
         finally:
             del model.forward
+            # Accelerate's marks: it would leave a model that bears them as it is, and the next run without autocast.
+            for mark in ("_is_accelerate_prepared", "_original_forward"):
+                vars(model).pop(mark, None)
             if cached is not None:
                 model.config.use_cache = cached  # Trainer has turned it off, and it would be saved so
 
