@@ -45,6 +45,7 @@ SAME: dict[str, dict[str, Any]] = {
     "pair without a prompt": {"chosen": [USER, ANSWER], "rejected": [USER, REJECTED]},
     "Alpaca": {"instruction": "Why?", "input": "", "output": "Because."},
     "Alpaca without input": {"instruction": "Why?", "output": "Because.", "system": "", "history": []},
+    "what its prompt holds, again": {"messages": [USER, ANSWER], "question": " Why? ", "context": [], "Input": ""},
     "good by its label": {"prompt": "Why?", "completion": "Because.", "label": True},
 }
 
@@ -87,7 +88,8 @@ def test_columns_by_name_win_over_what_is_found() -> None:
     item = {"messages": [USER, ANSWER], "question": "Who?", "answer": "I."}
     names = {"prompt_column": "question", "completion_column": "answer"}
     assert row(item, **names).completion == "I."
-    assert row(item).completion == "Because."
+    with pytest.raises(Unusable, match="has 'question', which is not in the prompt that was read"):
+        row(item)
     assert row({"messages": [USER, ANSWER]}, **names).completion == "Because."
     with pytest.raises(Unusable, match="has no 'answer'; fields are messages, question, answer; rows are read from"):
         row({**item, "answer": None}, **names)
@@ -186,6 +188,28 @@ REFUSED: list[tuple[Any, str]] = [
     ({"instruction": "a", "input": ["b"], "output": "c"}, "its 'input' is a list, not text"),
     ({"instruction": "a", "history": ["b"], "output": "c"}, "its 'history' is not a list of pairs"),
 ]
+
+PLAIN = {"prompt": "Why?", "completion": "x"}
+LEFT_OUT: list[tuple[dict[str, Any], dict[str, str], str]] = [
+    ({"instruction": "Sum up.", "context": "A text.", "output": "x"}, {}, "context"),
+    ({"instruction": "Sum up.", "input": "A text.", "System_Prompt": "s", "output": "x"}, {}, "System_Prompt"),
+    ({**PLAIN, "input": "A text."}, {}, "input"),
+    ({**PLAIN, "chosen": "x", "history": [["Who?", "I."]]}, {}, "history"),
+    ({"prompt": "Why?", "chosen": "x", " Context": {"title": ["t"]}}, {}, " Context"),
+    ({"messages": [USER, ANSWER], "documents": ["A text."]}, {}, "documents"),
+    ({"messages": [USER, ANSWER], "prompt": [SYSTEM, USER]}, {}, "prompt"),
+    ({"conversations": [USER, ANSWER], "instruction": "Be brief."}, {}, "instruction"),
+    ({"instruction": "Sum up.", "input": "A text.", "output": "x"}, {"prompt_column": "input"}, "instruction"),
+    ({"question": "Which?", "choices": ["a", "b"], "output": "a"}, {"prompt_column": "question"}, "choices"),
+]
+
+
+@pytest.mark.parametrize(("item", "names", "column"), LEFT_OUT)
+def test_a_part_of_the_prompt_is_never_left_out_in_silence(
+    item: dict[str, Any], names: dict[str, str], column: str
+) -> None:
+    with pytest.raises(Unusable, match=f"has '{column}', which is not in the prompt that was read; write it into"):
+        row(item, **({**names, "completion_column": "output"} if names else {}))
 
 
 @pytest.mark.parametrize(("item", "reason"), REFUSED)

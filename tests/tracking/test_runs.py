@@ -74,6 +74,13 @@ def test_training_metrics_keep_their_steps_and_may_be_sent_twice(runs: Runs) -> 
     assert sorted((m.step, m.value) for m in history) == [(step, 1 / step) for step in range(1, 700)]
 
 
+def test_every_warning_of_an_iteration_is_kept_once(runs: Runs) -> None:
+    for warning in ("fell", "rose", "fell"):
+        runs.warn(1, warning)
+    assert runs.iteration_run(1).data.tags["tpaw.warning"] == "fell\nrose"
+    assert runs.workspace_run().data.tags["tpaw.warning.1"] == "fell\nrose"
+
+
 def test_the_flow_that_asked_is_named_in_the_run(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     run = runs.workspace_run().info.run_id
     monkeypatch.setenv("TPAW_SESSION", "flow-7")

@@ -5,12 +5,14 @@
 - `instruction` with `output`: Alpaca's. `input`, where there is any, follows the instruction after an empty line;
   `history`, pairs of question and answer, comes before it.
 
-A column `system` becomes the system's turn, and `tools` (a list, or one as JSON text) goes to the chat template.
+A column `system` becomes the system's turn, and `tools` (a list, or one as JSON text) goes to the chat template. Any
+other column whose name says that it is part of a prompt must hold nothing that the conversation lacks.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from tpaw_core.config.params import Data
@@ -22,6 +24,11 @@ LAYOUTS = (
 )
 # They change what a model is to see, so a row is refused rather than read without them.
 NOT_READ = ("functions", "chat_template_kwargs", "image", "images", "audio", "audios", "video", "videos")
+# What data sets call a part of the prompt; it may repeat what the conversation holds.
+PARTS = frozenset(
+    "prompt prompts instruction instructions question questions query problem input inputs context contexts passage "
+    "passages document documents article background history system system_prompt choices options".split()
+)
 
 
 def read_conversation(item: dict[Any, Any], data: Data) -> list[Message]:
@@ -47,7 +54,38 @@ def read_conversation(item: dict[Any, Any], data: Data) -> list[Message]:
         raise Unusable(_not_found(item, prompt, target))
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise Unusable(f"{column!r} must hold a prompt and end with the assistant's target")
-    return _with_system(item, messages)
+    messages = _with_system(item, messages)
+    read = {target: {target, prompt}, "chosen": {"chosen", "prompt"}}.get(column, {column})
+    _refuse_left_out(item, messages[:-1], read)
+    return messages
+
+
+def _refuse_left_out(item: dict[Any, Any], prompt: list[Message], read: set[str]) -> None:
+    """Refuse a column that holds a part of the prompt which ``prompt`` lacks; ``read``: columns that were read."""
+    others = [name for name in item if name not in read and str(name).strip().lower() in PARTS and item[name]]
+    said = _plain("\n".join(message["content"] for message in prompt)) if others else ""
+    for column in others:
+        if not all(_plain(text) in said for text in _texts(item[column])):
+            raise Unusable(
+                f"has {column!r}, which is not in the prompt that was read; write it into the prompt, or take the "
+                "column out where it has no meaning here"
+            )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a value; of a message, what it says."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        said = [value[key] for key in ("content", "value") if key in value]
+        yield from _texts(said if said and {"role", "from"} & value.keys() else list(value.values()))
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
 
 
 def read_tools(item: dict[Any, Any]) -> list[Any] | None:

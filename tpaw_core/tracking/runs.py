@@ -120,9 +120,11 @@ class Runs:
         self.client.log_inputs(run.info.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
     def warn(self, iteration: int, warning: str) -> None:
-        """A tag on the runs of the iteration and of the whole, where the UI shows it beside the figures."""
-        self.client.set_tag(self.iteration_run(iteration).info.run_id, "tpaw.warning", warning)
-        self.client.set_tag(self.workspace_run().info.run_id, f"tpaw.warning.{iteration}", warning)
+        """A line in a tag of the runs of the iteration and of the whole; the UI shows it beside the figures."""
+        tags = {"tpaw.warning": self.iteration_run(iteration), f"tpaw.warning.{iteration}": self.workspace_run()}
+        for tag, run in tags.items():
+            lines = [*run.data.tags.get(tag, "").splitlines(), warning]
+            self.client.set_tag(run.info.run_id, tag, "\n".join(dict.fromkeys(lines)))
 
     def log_report(self, folder: Path) -> None:
         """The report's tables and plots."""
