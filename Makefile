@@ -4,10 +4,14 @@ BIN := .venv/bin
 SEED ?= 42
 export PREFECT_API_URL ?= http://127.0.0.1:$(or $(TPAW_PREFECT_PORT),4200)/api
 
+# Where HTTP_PROXY is set, prefect would ask the proxy for its own server.
+DIRECT := no_proxy="$${no_proxy:-$${NO_PROXY:-}}"; [ "$$no_proxy" = "*" ] || \
+	no_proxy="$${no_proxy:+$$no_proxy,}127.0.0.1,localhost"; export no_proxy NO_PROXY="$$no_proxy"
+
 .PHONY: demo test test-quick test-vllm bench chaos fuzz lint up down vllm install
 
 demo: up  ## SFT and four iterations of a small model through Prefect, DVC and MLflow, then the table of results
-	@tail -n 0 -F .tpaw/logs/worker.log & log=$$!; trap "kill $$log" EXIT; \
+	@tail -n 0 -F .tpaw/logs/worker.log & log=$$!; trap "kill $$log" EXIT; $(DIRECT); \
 	$(BIN)/prefect deployment run tpaw/iterate --watch --param recipe=demo --param 'overrides=["seed=$(SEED)"]'
 	@echo && $(BIN)/tpaw table && echo && $(BIN)/tpaw status
 
@@ -49,6 +53,7 @@ install: .venv/installed
 .venv/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	echo '$(DIRECT)' >> $(BIN)/activate
 	@touch $@
 
 # vllm needs a different fastapi version from Prefect's, so it has its own environment. On a GPU: VLLM=vllm==0.32.0.

@@ -22,6 +22,7 @@ from tpaw_core import console
 from tpaw_core.artifacts.metrics import evaluated
 from tpaw_core.config import params_file
 from tpaw_core.config.params import Params
+from tpaw_core.processes import direct
 from tpaw_core.report import table
 from tpaw_core.workspace.paths import Workspace
 
@@ -189,4 +190,5 @@ def iterate(params: Params, iterations: int | None, prune_after: bool, rerun: se
 
 if __name__ == "__main__":
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO")
+    direct.reach_this_machine()
     tpaw()

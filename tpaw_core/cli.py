@@ -16,7 +16,7 @@ import typer
 
 from tpaw_core import console
 from tpaw_core.errors import TpawError
-from tpaw_core.processes import fork_server
+from tpaw_core.processes import direct, fork_server
 from tpaw_core.workspace.files import explanation
 from tpaw_core.workspace.paths import Workspace
 
@@ -60,6 +60,7 @@ def _options(
     if not folder.is_dir():
         raise TpawError(f"-C {folder}: not a folder")
     _workspace = Workspace(folder)
+    direct.reach_this_machine()
     console.quieten_libraries()
     console.show()
 

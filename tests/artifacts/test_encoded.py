@@ -92,9 +92,10 @@ def test_without_validation_rows_their_file_is_there_and_empty(made: Workspace) 
 def test_rows_of_other_data_are_refused(change: str, made: Workspace) -> None:
     if change == "edited":
         made.train_rows.write_text("other rows")
+        message = rf"{made.encoded('train')}: was made from other rows than data/train\.jsonl; make it again with `tpaw"
     else:
         made.train_rows.unlink()
-    message = rf"{made.encoded('train')}: was made from other rows than data/train\.jsonl; make it again with `tpaw enc"
+        message = rf"{made.train_rows}: does not exist; get it back with `dvc checkout data`, or make it again with `tp"
     with pytest.raises(TpawError, match=message):
         read_encoded(made, "train")
     assert read_encoded(made, "heldout").row_ids
@@ -164,7 +165,7 @@ def test_ids_that_are_not_integers_are_refused(kind: pa.DataType, values: list[A
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_file_is_named(name: str, workspace: Workspace) -> None:
-    message = rf"{workspace.encoded(name)}: does not exist; make it again with `tpaw encode`"
+    message = rf"{workspace.encoded(name)}: does not exist; make it with `tpaw encode`"
     with pytest.raises(TpawError, match=message):
         read_encoded(workspace, name)
 
@@ -177,7 +178,7 @@ def test_a_damaged_ending_is_refused(content: bytes, made: Workspace) -> None:
 
 
 def test_a_missing_ending_is_named(workspace: Workspace) -> None:
-    with pytest.raises(TpawError, match=r"ending\.json: does not exist; make it again with `tpaw encode`"):
+    with pytest.raises(TpawError, match=r"ending\.json: does not exist; make it with `tpaw encode`"):
         read_encoding(workspace)
 
 

@@ -74,6 +74,24 @@ def table(**options: Any) -> Callable[[Path], None]:
     return write
 
 
+def named(path: Path, **options: Any) -> None:
+    table(**options)(path)
+    path.write_bytes(b"\xef\xbb\xbfsep=|\r\n" + path.read_bytes())
+
+
+def spaced(path: Path) -> None:
+    """A space behind every separator, and one behind the last name."""
+    quoted = ([f'"{text}"' for text in (row["prompt"], row["completion"].replace('"', '""'))] for row in ROWS)
+    path.write_text("\n".join(["prompt, completion ", *(", ".join(pair) for pair in quoted)]))
+
+
+def indexed(path: Path) -> None:
+    """A table that was written with its index, read, and written again."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = [[n, n, row["prompt"], row["completion"]] for n, row in enumerate(ROWS)]
+        csv.writer(file).writerows([["", "", "prompt", "completion"], *rows])
+
+
 def parquet(kind: Any = None, **options: Any) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         made = pa.Table.from_pylist(ROWS)
@@ -104,6 +122,11 @@ FILES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "CSV, all in quotes": ("rows.CSV", table(quoting=csv.QUOTE_ALL)),
     "CSV with tabs": ("rows.csv", table(delimiter="\t")),
     "TSV": ("rows.tsv", table(delimiter="\t", encoding="utf-8-sig")),
+    "CSV that names its separator": ("rows.csv", lambda path: named(path, delimiter="|")),
+    "CSV with spaces": ("rows.csv", lambda path: spaced(path)),
+    "CSV with two indices": ("rows.csv", lambda path: indexed(path)),
+    "an object around the rows": ("rows.json", lambda path: path.write_text(json.dumps({"v": 1, "data": ROWS}))),
+    "the same on many lines": ("rows.json", lambda path: path.write_text(json.dumps({"rows": ROWS}, indent=2))),
     "Parquet": ("rows.parquet", parquet()),
     "Parquet, zstd": ("rows.pq", parquet(pa.large_string(), compression="zstd")),
     "Parquet with dictionaries": ("rows.parquet", parquet(pa.dictionary(pa.int32(), pa.string()))),
@@ -147,9 +170,28 @@ def test_a_folder_of_shards_is_read_whole(workspace: Workspace, read: Callable[.
         read("rows")
 
 
-@pytest.mark.parametrize("by", ["name", "folder"])
-def test_a_folder_of_splits_gives_each_its_own(by: str, workspace: Workspace, read: Callable[..., list[Row]]) -> None:
-    place = "{}-00000-of-00001.jsonl" if by == "name" else "{}/0.jsonl"
+def test_a_text_in_a_csv_may_be_long(workspace: Workspace, read: Callable[..., list[Row]]) -> None:
+    (workspace.root / "rows.csv").write_text(f"prompt,completion\n{'a ' * 100_000},b\n")
+    (row,) = read("rows.csv")
+    assert len(row.prompt[0]["content"]) == 200_000
+
+
+def test_empty_shards_are_passed_over(workspace: Workspace, read: Callable[..., list[Row]]) -> None:
+    folder = workspace.root / "rows"
+    folder.mkdir()
+    (folder / "0.jsonl").write_text(jsonl(ROWS))
+    (folder / "1.jsonl").touch()
+    (folder / "2.jsonl.gz").write_bytes(gzip.compress(b""))
+    assert pairs(read("rows")) == ROWS
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["{}-00000-of-00001.jsonl", "{}/0.jsonl", "gsm_{}.jsonl", "gsm.{}.jsonl", "gsm-{}-0.jsonl", "my_{}/0.jsonl"],
+)
+def test_a_folder_of_splits_gives_each_its_own(
+    place: str, workspace: Workspace, read: Callable[..., list[Row]]
+) -> None:
     for split, rows in (("train", ROWS), ("test", HELDOUT), ("validation", HELDOUT[:1])):
         path = workspace.root / "rows" / place.format(split)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,6 +204,43 @@ def test_a_folder_of_splits_gives_each_its_own(by: str, workspace: Workspace, re
     (workspace.root / "rows" / "more.jsonl").write_text(jsonl(HELDOUT))
     with pytest.raises(TpawError, match=r"more\.jsonl, whose name says no split; give one of them a folder"):
         read("rows")
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["training", "testing"], "testing, training"),
+        (["gsmTrain", "gsmTest"], ""),
+        (["x_train_final", "x_held-out"], "held-out, train_final"),
+    ],
+)
+def test_splits_of_other_names_are_never_read_together(
+    names: list[str], splits: str, workspace: Workspace, read: Callable[..., list[Row]]
+) -> None:
+    (workspace.root / "rows").mkdir()
+    for name, rows in zip(names, (ROWS, HELDOUT), strict=True):
+        (workspace.root / "rows" / f"{name}.jsonl").write_text(jsonl(rows))
+    if splits:
+        with pytest.raises(TpawError, match=rf"rows: holds the splits {splits}, not train; set data\.train_split"):
+            read("rows")
+    else:
+        assert pairs(read("rows", heldout_path=None)) == ROWS
+
+
+def test_words_that_only_end_like_a_split_name_none(workspace: Workspace, read: Callable[..., list[Row]]) -> None:
+    (workspace.root / "rows").mkdir()
+    for name, row in zip(["latest", "protest", "retrain", "evaluator"], ROWS, strict=False):
+        (workspace.root / "rows" / f"{name}.jsonl").write_text(jsonl([row]))
+    assert len(read("rows")) == 4
+
+
+def test_a_refusal_lists_what_is_read_once(workspace: Workspace, read: Callable[..., list[Row]]) -> None:
+    (workspace.root / "rows.jsonl").write_text(jsonl([{"a": "b"}, {"a": "c"}, {"d": "e"}]))
+    with pytest.raises(
+        TpawError, match=r"row 1: has no 'prompt'; .*row 3: has no 'prompt'; fields are d; rows"
+    ) as found:
+        read("rows.jsonl")
+    assert str(found.value).count("'messages' (OpenAI)") == 1
 
 
 def test_data_sets_of_save_to_disk_are_read(workspace: Workspace, read: Callable[..., list[Row]]) -> None:
@@ -222,7 +301,7 @@ BROKEN: list[tuple[str, bytes, str]] = [
     (
         "r.json",
         b'{"data": [{"prompt": "a"}]}',
-        r"row 1: has no 'prompt'; fields are data; rows are read from 'messages'",
+        r"row 1: has no 'completion'; fields are prompt; rows are read from 'messages'",
     ),
     ("r.jsonl", b'[{"prompt": "a", "completion": "b"}]', "row 1: is list, not an object"),
     ("r.jsonl.gz", gzip.compress(jsonl(ROWS).encode())[:-20], "is damaged"),
@@ -233,6 +312,7 @@ BROKEN: list[tuple[str, bytes, str]] = [
     ("r.csv", b"prompt,completion\nWhat?\n", r"row 1: has no 'completion'"),
     ("r.csv", b"prompt,prompt\na,b\n", "has two columns of the name 'prompt'"),
     ("r.csv", b'prompt,completion\n"a,b\nc,d\n', "is not CSV"),
+    ("r.csv", b'prompt,completion\n"say \\"hi\\", now",x\n', r'line 2 is not CSV .*; a quote .* is written twice, ""'),
     ("r.csv", "prompt,completion\nGröße,1\n".encode("cp1252"), "is not UTF-8 text .*; save it as UTF-8"),
     ("r.tsv", b"prompt,completion\na,b\n", "row 1: has no 'prompt'; fields are prompt,completion; rows are read"),
     ("r.parquet", b"PAR1 and more", "not a readable Parquet file"),
@@ -256,7 +336,7 @@ def test_folders_without_rows_are_refused(workspace: Workspace, read: Callable[.
     with pytest.raises(TpawError, match="rows: holds no file of rows; formats that are read: JSON lines"):
         read("rows")
     (folder / "a.jsonl").write_bytes(b"")
-    with pytest.raises(TpawError, match=r"a\.jsonl: is empty"):
+    with pytest.raises(TpawError, match="rows: holds no file of rows"):
         read("rows")
     (workspace.root / "other").mkdir()
     (folder / "linked").symlink_to(workspace.root / "other")

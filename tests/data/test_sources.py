@@ -106,7 +106,6 @@ def test_a_file_that_cannot_be_read_is_named_and_leaves_data_as_it_was(
         ("bad.csv", b"prompt,completion\n\xff\xfe,b\n", r"bad\.csv: is not UTF-8 text"),
         ("bad.csv", b"", r"bad\.csv: is empty"),
         ("bad.csv", b"prompt,completion\n", r"bad\.csv: holds no rows"),
-        ("bad.csv", b'prompt,completion\n"' + b"a" * 200_000 + b'",b\n', r"bad\.csv: line 2"),
     ],
 )
 def test_a_file_of_another_format_that_cannot_be_read_is_named(

@@ -117,7 +117,12 @@ def test_encode_refuses_rows_that_were_edited(workspace: Workspace) -> None:
 
 def test_sft_refuses_missing_rows(workspace: Workspace) -> None:
     workspace.encoded("train").unlink()
-    refused(r"encoded/train\.parquet: does not exist; make it again with `tpaw encode`", workspace, sft)
+    refused(r"encoded/train\.parquet: does not exist; make it with `tpaw encode`", workspace, sft)
+
+
+def test_sft_asks_for_encode_where_it_never_ran(workspace: Workspace) -> None:
+    shutil.rmtree(workspace.tokenizer.parent)
+    refused(r"encoded/\S+: does not exist; make it with `tpaw encode`", workspace, sft)
 
 
 @pytest.mark.parametrize("stage", [encode, sft])
@@ -180,10 +185,11 @@ def test_rows_that_are_not_those_that_were_encoded_are_refused(
 ) -> None:
     if how == "gone":
         shutil.rmtree(workspace.data)
+        message = r"data/train\.jsonl: does not exist; .* or make it again with `tpaw data`"
     else:
         workspace.train_rows.write_text(workspace.train_rows.read_text().replace("####", "###", 1))
-    iteration = () if stage is sft else (1,)
-    refused(r"encoded/train\.parquet: " + OTHER_ROWS.format("train"), workspace, stage, *iteration)
+        message = r"encoded/train\.parquet: " + OTHER_ROWS.format("train")
+    refused(message, workspace, stage, *(() if stage is sft else (1,)))
 
 
 @pytest.mark.parametrize("stage", [sft, generate, weights, train])

@@ -17,7 +17,8 @@ from tpaw_core.workspace.records import Record
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-AGAIN = "make it again with `tpaw encode`"
+MAKE, AGAIN = "make it with `tpaw encode`", "make it again with `tpaw encode`"
+ROWS_AGAIN = "get it back with `dvc checkout data`, or make it again with `tpaw data`"
 ROWS = b"rows"  # metadata: the digest of the rows' file
 
 
@@ -59,7 +60,7 @@ def write_encoding(
 
 
 def read_encoding(workspace: Workspace) -> Encoding:
-    path = files.need(workspace.tokenizer / "ending.json", f"{AGAIN}")
+    path = files.need(workspace.tokenizer / "ending.json", MAKE)
     found = records.read(path, EndingFile, AGAIN)
     if found.end_id not in found.stop_ids:
         raise TpawError(f"{path}: is damaged; {AGAIN}")
@@ -69,12 +70,12 @@ def read_encoding(workspace: Workspace) -> Encoding:
 def read_encoded(workspace: Workspace, name: str, first: int | None = None) -> EncodedRows:
     """The rows of data/<name>.jsonl; ``first``: those among its first N.
 
-    Raises TpawError where they are missing, damaged, or made from other rows than data/ holds.
+    Raises TpawError where they or the rows in data/ are missing, damaged, or do not belong together.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = files.need(workspace.encoded(name), AGAIN)
+    path = files.need(workspace.encoded(name), MAKE)
     with readable(path):
         table = pq.read_table(path).combine_chunks()
         if missing := {"prompt_id", "place", "prompt_ids", "target_ids"} - set(table.column_names):
@@ -93,7 +94,9 @@ def read_encoded(workspace: Workspace, name: str, first: int | None = None) -> E
             if (values < 0).any():
                 raise ValueError(f"{column} holds a token id below 0")
             columns.append(TokenRows.of(values, ids.offsets.to_numpy()))
-    if (table.schema.metadata or {}).get(ROWS, b"") != _digest(workspace, name).encode():
+    if made_from := (table.schema.metadata or {}).get(ROWS, b""):
+        files.need(_rows(workspace, name), ROWS_AGAIN)
+    if made_from != _digest(workspace, name).encode():
         raise TpawError(f"{path}: was made from other rows than data/{name}.jsonl; {AGAIN}")
     found = EncodedRows(row_ids, places, *columns)
     if first is None or not places or places[-1] < first:
@@ -107,8 +110,12 @@ def read_encoded(workspace: Workspace, name: str, first: int | None = None) -> E
     )
 
 
+def _rows(workspace: Workspace, name: str) -> Path:
+    return workspace.data / f"{name}.jsonl"
+
+
 def _digest(workspace: Workspace, name: str) -> str:
-    path = workspace.data / f"{name}.jsonl"
+    path = _rows(workspace, name)
     return files.sha256(path) if path.exists() else ""
 
 

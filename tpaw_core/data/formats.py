@@ -10,6 +10,7 @@ import csv
 import gzip
 import json
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ FORMATS = (
     "JSON lines, a JSON array, CSV, TSV (each also .gz), Parquet, a folder of these, a data set of `save_to_disk`, "
     "a hub id"
 )
+ENCLOSING = ("data", "rows", "examples", "instances")
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -48,7 +50,10 @@ def read_file(path: Path) -> Iterator[Any]:
     start = _first_character(path)
     if suffix != ".json" and start not in ("{", "["):
         raise TpawError(f"{path}: is in none of the formats that are read: {FORMATS}")
-    return _read_json_array(path) if start == "[" else read_json_lines(path)
+    if start == "[":
+        return _read_json_array(path)
+    rows = _enclosed(path)
+    return read_json_lines(path) if rows is None else iter(rows)
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:
@@ -126,33 +131,66 @@ def _read_json_array(path: Path) -> Iterator[Any]:
         raise TpawError(f"{path}: line {line} cannot be read ({str(error).split(';')[0]})") from None
 
 
+def _enclosed(path: Path) -> list[Any] | None:
+    """The rows of a file that is one object with a list of rows under "data" or the like; None for any other."""
+    with _text(path) as file:
+        first = next((line for line in file if line.strip()), "")
+        try:
+            try:
+                found = json.loads(first)
+                alone = not any(line.strip() for line in file)
+            except json.JSONDecodeError:
+                found, alone = json.loads(first + file.read()), True
+        except (RecursionError, ValueError):
+            return None  # its reader says what is wrong
+    enclosed = found if alone and isinstance(found, dict) else {}
+    lists = [enclosed[key] for key in ENCLOSING if isinstance(enclosed.get(key), list)]
+    return lists[0] if len(lists) == 1 else None
+
+
 def _skip(text: str, place: int) -> int:
     found = SPACE.match(text, place)
     return found.end() if found else place
 
 
 def _read_csv(path: Path, suffix: str) -> Iterator[Any]:
+    csv.field_size_limit(sys.maxsize)  # a text may be longer than the module allows by itself
     with _text(path) as file:
-        reader = csv.reader(file, delimiter="\t" if suffix == ".tsv" else _delimiter(path), strict=True)
+        reader = csv.reader(file, strict=True, **_dialect(file, suffix))
         try:
-            header = next(reader, [])
-            if repeated := [name for name in header if header.count(name) > 1]:
+            header = [name.strip() for name in next(reader, [])]
+            # A column without a name is the index of a table; there may be several.
+            if repeated := [name for name in header if name and header.count(name) > 1]:
                 raise TpawError(f"{path}: has two columns of the name {repeated[0]!r}; rename one")
             for fields in reader:
                 if len(fields) > len(header):
                     what = f"line {reader.line_num} has {len(fields)} fields, the header has {len(header)}"
                     raise TpawError(f"{path}: {what}; put text that holds the separator in double quotes")
                 if fields:
-                    yield dict(zip(header, fields, strict=False))
+                    yield {name: field for name, field in zip(header, fields, strict=False) if name}
         except csv.Error as error:
-            raise TpawError(f"{path}: line {reader.line_num} is not CSV ({error})") from None
+            what = f"line {reader.line_num} is not CSV ({error})"
+            raise TpawError(f'{path}: {what}; a quote within quoted text is written twice, "", not \\"') from None
 
 
-def _delimiter(path: Path) -> str:
-    """What cuts the header into most fields; a spreadsheet writes semicolons where the comma is in numbers."""
-    with _text(path) as file:
-        header = file.readline()
-    return max(",;\t", key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
+def _dialect(file: TextIO, suffix: str) -> dict[str, Any]:
+    """The separator, and whether a space follows it; leaves ``file`` where its header starts.
+
+    A spreadsheet names the separator in a line of its own (sep=;), or writes semicolons where the comma is in numbers.
+    """
+    header = file.readline()
+    start = 0
+    if named := re.fullmatch(r'"?sep=(.)"?', header.rstrip("\r\n"), re.IGNORECASE):
+        start, header = file.tell(), file.readline()
+    file.seek(start)
+    if named:
+        mark = named[1]
+    elif suffix == ".tsv":
+        mark = "\t"
+    else:  # what cuts the header into most fields
+        mark = max(",;\t", key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
+    names = header.split(mark)[1:]
+    return {"delimiter": mark, "skipinitialspace": bool(names) and all(name.startswith(" ") for name in names)}
 
 
 def _read_parquet(path: Path) -> Iterator[Any]:

@@ -25,10 +25,11 @@ LAYOUTS = (
 # They change what a model is to see, so a row is refused rather than read without them.
 NOT_READ = ("functions", "chat_template_kwargs", "image", "images", "audio", "audios", "video", "videos")
 # What data sets call a part of the prompt; it may repeat what the conversation holds.
-PARTS = frozenset(
-    "prompt prompts instruction instructions question questions query problem input inputs context contexts passage "
-    "passages document documents article background history system system_prompt choices options".split()
-)
+PARTS = {
+    "prompt", "prompts", "instruction", "instructions", "question", "questions", "query", "problem", "input",
+    "inputs", "context", "contexts", "passage", "passages", "document", "documents", "article", "background",
+    "history", "system", "system_prompt", "choices", "options",
+}  # fmt: skip
 
 
 def read_conversation(item: dict[Any, Any], data: Data) -> list[Message]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tpaw_core.config.params import Data
 from tpaw_core.data.formats import read_json_lines
-from tpaw_core.data.layouts import read_conversation, read_tools
+from tpaw_core.data.layouts import LAYOUTS, read_conversation, read_tools
 from tpaw_core.data.messages import Message, Unusable
 from tpaw_core.errors import TpawError
 from tpaw_core.workspace import files
@@ -69,7 +69,10 @@ def refuse_if_too_many(name: str, reasons: list[str], total: int, max_skipped: f
     """Report rows that cannot be used. Raises TpawError where their share is above ``max_skipped``."""
     if not reasons:
         return
-    summary = f"{name}: {len(reasons)} of {total} rows cannot be used; first: {'; '.join(reasons[:3])}"
+    first = "; ".join(reasons[:3])
+    if LAYOUTS in first:  # once is enough
+        first = f"{first.replace(f'; {LAYOUTS}', '')}; {LAYOUTS}"
+    summary = f"{name}: {len(reasons)} of {total} rows cannot be used; first: {first}"
     if len(reasons) > max_skipped * total:
         raise TpawError(f"{summary}. Fix the rows, or raise data.max_skipped (now {max_skipped})")
     logger.info(summary)

@@ -15,7 +15,8 @@ from tpaw_core.errors import TpawError
 BESIDE_SHARDS = re.compile(
     r"\.|readme|licen[cs]e|notice|citation|dataset_infos?\.json|_success|_(common_)?metadata|.*\.md$", re.IGNORECASE
 )
-SPLIT = re.compile(r"(?:^|/)((?:train|test|validation|valid|val|dev|eval|heldout)(?:_[a-z]+)*)(?![a-z])")
+WORDS = r"train(?:ing)?|test(?:ing)?|valid(?:ation)?|val|dev|eval(?:uation)?|held[_-]?out"
+SPLIT = re.compile(rf"(?:^|[/._ -])((?:{WORDS})(?:_[a-z]+)*)(?![a-z])")  # with the words behind it: train_sft
 
 
 class Source(NamedTuple):
@@ -113,21 +114,22 @@ def _shards(folder: Path, split: str) -> list[Path]:
             what = f"holds the splits {named}, not {split}"
             raise TpawError(f"{folder}: {what}; set data.train_split and data.heldout_split")
         shards = splits[split]
-    if not shards:
-        raise TpawError(f"{folder}: holds no file of rows; formats that are read: {FORMATS}")
     for path in shards:
         if not has_format(path):
             raise TpawError(f"{path}: is in none of the formats that are read ({FORMATS}); take it out of the folder")
-    return sorted(shards)
+    filled = sorted(path for path in shards if path.stat().st_size)  # a writer of many shards leaves some empty
+    if not filled:
+        raise TpawError(f"{folder}: holds no file of rows; formats that are read: {FORMATS}")
+    return filled
 
 
 def _splits(folder: Path) -> dict[str | None, list[Path]]:
-    """A folder's files by the split in their name or in their folder's: train-00000-of-00002.parquet, test/0.jsonl."""
+    """A folder's files by the split in their name or in their folder's: train-0-of-2.pq, my_test.csv, test/0.jsonl."""
     found: dict[str | None, list[Path]] = {}
     for path in files_of(folder):
         name = path.relative_to(folder)
         if not any(BESIDE_SHARDS.match(part) for part in name.parts):
-            split = SPLIT.search(name.as_posix().lower())
+            split = SPLIT.search(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.as_posix()).lower())
             found.setdefault(split and split[1], []).append(path)
     return found
 

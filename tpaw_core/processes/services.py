@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote
 
 from filelock import FileLock
 
@@ -138,12 +139,12 @@ def _services(workspace: Workspace, running: Mapping[str, Daemon]) -> dict[str, 
         )
     prefect_url, mlflow_url = f"http://{HOST}:{prefect}", f"http://{HOST}:{mlflow}"
     environment = _environment(workspace, prefect_url)
-    store = workspace.mlflow.resolve()  # where the stages write when no server is named
+    artifacts = (workspace.mlflow / "artifacts").resolve().as_uri()  # where the stages write when no server is named
     tracking = (
         *("-m", "mlflow", "server", "--host", HOST, "--port", str(mlflow), "--workers", "1"),
         *("--allowed-hosts", f"{HOST}:*,localhost:*"),  # whatever port a tunnel has
-        *("--backend-store-uri", f"sqlite:///{store / 'mlflow.db'}"),
-        *("--no-serve-artifacts", "--default-artifact-root", str(store / "artifacts")),
+        *("--backend-store-uri", workspace.mlflow_database),
+        *("--no-serve-artifacts", "--default-artifact-root", artifacts),
     )
     # --limit 1: two runs would write the same files. A deployment's concurrency limit leaks its slot on a crash.
     polling = ("-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", POOL, "--limit", "1")
@@ -159,16 +160,15 @@ def _services(workspace: Workspace, running: Mapping[str, Daemon]) -> dict[str, 
 def _environment(workspace: Workspace, prefect_url: str) -> dict[str, str]:
     """The caller's environment without settings that belong to other Prefect or MLflow servers."""
     own = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}
-    direct = ",".join(filter(None, (own.get("no_proxy") or own.get("NO_PROXY"), HOST, "localhost")))
+    home = (workspace.state / "prefect").resolve()
     return {
         **own,
         "PATH": os.pathsep.join(filter(None, (str(Path(sys.executable).parent), own.get("PATH")))),
         "PYTHONUNBUFFERED": "1",
-        "NO_PROXY": direct,
-        "no_proxy": direct,
         "DO_NOT_TRACK": "true",
         "TOKENIZERS_PARALLELISM": "false",
-        "PREFECT_HOME": str((workspace.state / "prefect").resolve()),
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{quote(str(home / 'prefect.db'))}",
         "PREFECT_API_URL": f"{prefect_url}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -23,8 +23,8 @@ def sft(context: Context) -> None:
 
     workspace, params, registry = context.workspace, context.params, context.registry
     with workspace.exclusive("sft"):
-        model, tokenizer = _base(context)
         encoded, encoding = read_encoded(workspace, "train"), read_encoding(workspace)
+        model, tokenizer = _base(context)
         suitability.require(model, tokenizer, max_length=params.model.max_length, pad_id=encoding.pad_id)
         settings = precision.settled(params.sft, "sft") if params.sft.enabled else params.sft
         storage.report_size(context, model)

@@ -19,7 +19,7 @@ from tpaw_core.workspace.paths import Workspace
 
 def tracking_uri(workspace: Workspace) -> str:
     """MLFLOW_TRACKING_URI, or the local database that `tpaw up` serves."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(workspace.mlflow / 'mlflow.db').resolve()}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or workspace.mlflow_database
 
 
 def connect(workspace: Workspace, experiment: str) -> tuple[MlflowClient, Experiment]:
@@ -62,9 +62,8 @@ def _experiment(client: MlflowClient, name: str, uri: str, artifacts: str | None
 
 def _refuse_if_silent(uri: str) -> None:
     """Raise at once, rather than after minutes of retries, where no MLflow server answers."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        opener.open(f"{uri.rstrip('/')}/health", timeout=10).close()
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
     except urllib.error.HTTPError:
         return  # it answers; permissions are a later question
     except (http.client.InvalidURL, ValueError) as error:

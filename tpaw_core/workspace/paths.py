@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from tpaw_core.workspace import files, lock
 
@@ -72,6 +73,11 @@ class Workspace:
     def mlflow(self) -> Path:
         """MLflow's database and artifacts, where no server is named."""
         return self.state / "mlflow"
+
+    @property
+    def mlflow_database(self) -> str:
+        """The database as a URL; MLflow would make folders of a quoted path where the driver is not named."""
+        return f"sqlite+pysqlite:///{quote(str((self.mlflow / 'mlflow.db').resolve()))}"
 
     @property
     def report(self) -> Path:
