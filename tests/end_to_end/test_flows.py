@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -28,7 +29,10 @@ LIVING = {"mlflow", "prefect", "logs", "services.json", "services.lock"}  # in .
 
 
 class Served(Project):
-    """A project whose services were started; ``said`` is what that printed."""
+    """A project whose services were started; ``said`` is what that printed.
+
+    Its folder has a name that a URL cannot hold as it is, and HTTP_PROXY names a proxy that answers nobody.
+    """
 
     said = ""
 
@@ -51,10 +55,14 @@ class Served(Project):
 
 @pytest.fixture(scope="module")
 def running(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    made = Served(finished.copy(tmp_path_factory.mktemp("flows") / "project").folder)
-    made.said = made.run("tpaw", "up").stdout
-    yield made
-    made.close()
+    made = Served(finished.copy(tmp_path_factory.mktemp("flows") / "a%2Fb c?d#e").folder)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        made.environment |= {"HTTP_PROXY": proxy, "https_proxy": proxy, "NO_PROXY": "", "no_proxy": ""}
+        made.said = made.run("tpaw", "up").stdout
+        made.environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}  # for prefect, as `activate` does
+        yield made
+        made.close()
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ class Project:
         made = Project(folder)
         made.fork_from(self)
         if (database := made.workspace.mlflow / "mlflow.db").exists():
-            moved = (str(self.folder), str(folder))
+            moved = (self.folder.resolve().as_uri(), folder.resolve().as_uri())
             with closing(sqlite3.connect(database)) as connection, connection:
                 connection.execute("UPDATE experiments SET artifact_location = replace(artifact_location, ?, ?)", moved)
                 connection.execute("UPDATE runs SET artifact_uri = replace(artifact_uri, ?, ?)", moved)
@@ -219,7 +219,7 @@ class Project:
     def client(self) -> MlflowClient:
         from mlflow import MlflowClient
 
-        return MlflowClient(f"sqlite:///{self.folder / '.tpaw' / 'mlflow' / 'mlflow.db'}")
+        return MlflowClient(self.workspace.mlflow_database)
 
 
 def _free_port() -> int:
