@@ -57,6 +57,16 @@ def params(workspace: Workspace, *overrides: str) -> None:
     workspace.params_file.write_text(params_file.resolve(workspace, "demo", overrides)[1])
 
 
+@pytest.mark.parametrize("command", ["check", "data", "encode", "sft"])
+def test_checkpoints_behind_a_link_are_refused_before_anything_is_done(
+    command: str, tpaw: Tpaw, workspace: Workspace, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    (workspace.root / "checkpoints").symlink_to(tmp_path_factory.mktemp("disk"))
+    done = tpaw(command)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: checkpoints: is a link, which DVC does not follow; ")
+
+
 def test_help_names_every_stage(tpaw: Tpaw) -> None:
     done = tpaw("--help")
     assert (done.returncode, done.stderr) == (0, "")

@@ -3,7 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine
 
+from tpaw_core.errors import TpawError
 from tpaw_core.workspace.paths import Workspace
 
 
@@ -35,6 +37,23 @@ def test_everything_lies_below_the_root() -> None:
         "pruned": ".tpaw/pruned/3.json",
     }
     assert {name: workspace.name(getattr(workspace, name)(3)) for name in of_an_iteration} == of_an_iteration
+
+
+def test_an_output_behind_a_link_is_refused(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> None:
+    workspace.refuse_links()
+    (workspace.root / "checkpoints").symlink_to(tmp_path_factory.mktemp("disk"))
+    with pytest.raises(TpawError, match=r"checkpoints: is a link, which DVC does not follow; .* \(mount --bind\), or"):
+        workspace.refuse_links()
+
+
+@pytest.mark.parametrize("name", ["plain", "a b", "a%2Fb", "c?d", "e#f", "100%"])
+def test_mlflows_database_lies_in_a_folder_of_any_name(name: str, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / name)
+    workspace.mlflow.mkdir(parents=True)
+    engine = create_engine(workspace.mlflow_database)
+    with engine.connect():
+        assert (workspace.mlflow / "mlflow.db").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_name_is_the_same_wherever_the_workspace_lies() -> None:

@@ -109,7 +109,11 @@ class Context:
 
 
 def open_context(workspace: Workspace, params: Params) -> Context:
-    """With MLflow as the registry; without it where it is not installed, as on a bare machine that only trains."""
+    """With MLflow as the registry; without it where it is not installed, as on a bare machine that only trains.
+
+    Raises TpawError where the workspace cannot hold outputs.
+    """
+    workspace.refuse_links()
     try:
         from tpaw_core.tracking.registry import Registry
     except ImportError as error:

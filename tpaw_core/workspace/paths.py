@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from tpaw_core.errors import TpawError
 from tpaw_core.workspace import files, lock
+
+OUTPUTS = (
+    "data", "encoded", "checkpoints", "synthetic", "teams", "weights", "training", "metrics", "samples", "report"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,14 @@ class Workspace:
     @property
     def report(self) -> Path:
         return self.root / "report"
+
+    def refuse_links(self) -> None:
+        """DVC refuses outputs behind a link, but only when the stage that made them has ended."""
+        if linked := [name for name in OUTPUTS if (self.root / name).is_symlink()]:
+            raise TpawError(
+                f"{self.root / linked[0]}: is a link, which DVC does not follow; to keep it on another disk, make it a "
+                "folder and mount a folder of that disk there (mount --bind), or put the whole workspace on that disk"
+            )
 
     def checkpoint(self, iteration: int) -> Path:
         return self.root / "checkpoints" / str(iteration)
