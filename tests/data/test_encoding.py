@@ -103,6 +103,15 @@ def test_the_stop_tokens_of_the_model_s_own_configuration_count() -> None:
     assert found.stop_ids == (*tokenizer.convert_tokens_to_ids(["<|im_end|>", "<eos>"]), 11, 3)
 
 
+@pytest.mark.parametrize("meta", [False, True])
+def test_a_prompt_that_ends_in_a_space_is_followed_by_one_space_alone(meta: bool) -> None:
+    """SentencePiece would put another one before a target that is tokenised by itself."""
+    tokenizer = make(NO_END, meta=meta)
+    _, encoded = encode(tokenizer, [row("3 times")])
+    whole = tokenizer.decode([*encoded.prompts[0], *encoded.chosen[0]])
+    assert whole.endswith("assistant: 3 times<eos>")
+
+
 def test_a_template_that_ends_no_turn_gets_eos() -> None:
     tokenizer = make(NO_END)
     ending, encoded = encode(tokenizer, [row("a")])  # "a" is also in "assistant: "

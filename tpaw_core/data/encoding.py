@@ -232,9 +232,15 @@ def _tokenised(turns: list[Turn], tokenizer: Any, ending: Ending) -> tuple[list[
     together = _ids([own.prompt + text for own, text in zip(turns, texts, strict=True)], tokenizer)
     targets = []
     for prompt, whole, text in zip(prompts, together, texts, strict=True):
-        ids = whole[len(prompt) :] if whole[: len(prompt)] == prompt else _ids([text], tokenizer)[0]
+        ids = whole[len(prompt) :] if whole[: len(prompt)] == prompt else _going_on(text, tokenizer)
         targets.append(ending.close(ids))
     return prompts, targets
+
+
+def _going_on(text: str, tokenizer: Any) -> list[int]:
+    """A text that another one precedes: some tokenizers write a space before the first word of any other."""
+    before, both, alone = _ids(["\n", f"\n{text}", text], tokenizer)
+    return both[len(before) :] if both[: len(before)] == before else alone
 
 
 def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
