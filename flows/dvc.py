@@ -24,6 +24,7 @@ HINTS = ("To track the changes", "To enable auto staging", "Use `dvc push`", "\t
 LOCK = Path("dvc.lock")
 WORKSPACE = Workspace()  # a flow run starts in its folder
 UNREADABLE = re.compile(r"dvc\.lock' (is invalid|validation failed)|unable to read: '[^']*dvc\.lock'")
+LINE = 250  # characters of a line in a failure's message
 TEMPORARY = {75, 137, 143}  # exit statuses where a retry can help: a service did not answer, or a signal came
 
 
@@ -129,4 +130,6 @@ def _failure(lines: list[str], code: int) -> StageFailed:
         return LockDamaged("\n".join(lines), temporary=False)
     start = next((i for i, line in enumerate(lines) if line.startswith("error: ")), None)
     own = [line for line in lines[start:] if not line.startswith("ERROR: ")] if start is not None else lines[-5:]
-    return StageFailed("\n".join(own), temporary=status < 0 or status in TEMPORARY)
+    # Prefect writes this four times, and the log has it already.
+    short = [line if len(line) <= LINE else f"{line[:LINE]} ..." for line in own]
+    return StageFailed("\n".join(short), temporary=status < 0 or status in TEMPORARY)

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -275,3 +275,17 @@ def test_dash_c_works_from_another_folder(outside: tuple[Project, Path]) -> None
     done = there.run("tpaw", "-C", "../nothing", "verify", check=False)
     assert done.returncode != 0
     assert "../nothing" in done.stderr
+
+
+def test_checkpoints_may_be_on_another_disk(project: Project, mount_small_disk: Callable[[Path], Path]) -> None:
+    before = project.digest(2)
+    checkpoints = project.folder / "checkpoints"
+    shutil.rmtree(checkpoints)
+    mount_small_disk(checkpoints)
+    project.run("dvc", "checkout")
+    assert project.stale() == set()
+    for stage in ("sft", "train@2"):  # one from the cache, one made again
+        project.run("dvc", "repro", "--single-item", *(["--force"] if stage == "train@2" else []), stage)
+    assert project.digest(2) == before
+    assert project.stale() == set()
+    assert "no problems found" in project.run("tpaw", "verify").stdout

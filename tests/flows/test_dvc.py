@@ -66,6 +66,7 @@ def folder(initialised: Path, host: Project, tmp_path: Path, messages: object, m
         (["ERROR: failed to run: tpaw train, exited with 137"], 255,
          "ERROR: failed to run: tpaw train, exited with 137", True),
         (["Traceback", *"abcdef", "ValueError: x"], 1, "c\nd\ne\nf\nValueError: x", False),
+        ([f"error: {'x' * 300}"], 1, f"error: {'x' * 243} ...", False),
         (["killed"], -9, "killed", True),
         (["killed"], 143, "killed", True),
         (["an attempt exited with 75", "ERROR: another exited with 1"], 255, "an attempt exited with 75\n"

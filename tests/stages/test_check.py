@@ -42,6 +42,16 @@ def test_the_demo_has_nothing_to_fix(workspace: Workspace) -> None:
     assert checked(workspace, "demo", *SMALL) == ""
 
 
+def test_checkpoints_on_another_disk_need_room_there(
+    workspace: Workspace, mount_small_disk: Callable[[Path], Path]
+) -> None:
+    disk = mount_small_disk(workspace.root / "checkpoints")
+    found = checked(workspace, "demo", *SMALL)
+    assert (
+        f"- disk: the checkpoints of all iterations need 14.0 MB, but only 2.1 MB is free in {disk}; free up" in found
+    )
+
+
 @pytest.fixture
 def own(workspace: Workspace) -> Callable[..., str]:
     """Checks a tiny Llama and rows of one's own, with something broken."""

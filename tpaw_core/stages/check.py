@@ -153,18 +153,22 @@ def _resources(context: Context, parameters: int, problems: Problems) -> None:
     disk = COPIES * (len(params.iterations) + 1) * precision.checkpoint_bytes(parameters, params.checkpoint_dtype)
     cuda = torch.cuda.is_available()
     has = torch.cuda.mem_get_info()[1] if cuda else psutil.virtual_memory().total
-    free = shutil.disk_usage(context.workspace.root).free
+    root = context.workspace.root
+    places = [path for path in (root / "checkpoints", root) if path.exists()]
+    disks = {path.stat().st_dev: path.resolve() for path in places}  # of the copies, DVC's is on the root's
     where = "the accelerator" if cuda else "this machine"
     logger.info("%s parameters", f"{parameters:,}")
     logger.info("memory: %s plus activations needed; %s has %s", readable(memory), where, readable(has))
-    logger.info("disk: %s for all iterations; %s is free", readable(disk), readable(free))
     if memory > has:
         problems.append(
             f"memory: weights, gradients and optimizer state ({optimiser}) need {readable(memory)}, but {where} has "
             f"only {readable(has)}; use a smaller model, or set optim to rmsprop or adafactor"
         )
-    if disk > free:
-        problems.append(
-            f"disk: the checkpoints of all iterations need {readable(disk)}, but only {readable(free)} is free; free "
-            "up space, set model.dtype=bfloat16, or start the flow with prune_after=true"
-        )
+    for folder in disks.values():
+        share, free = disk // len(disks), shutil.disk_usage(folder).free
+        logger.info("disk: %s for all iterations; %s is free in %s", readable(share), readable(free), folder)
+        if share > free:
+            problems.append(
+                f"disk: the checkpoints of all iterations need {readable(share)}, but only {readable(free)} is free in "
+                f"{folder}; free up space, set model.dtype=bfloat16, or start the flow with prune_after=true"
+            )
