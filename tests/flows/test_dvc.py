@@ -190,7 +190,7 @@ def test_a_lock_that_cannot_be_read_is_moved_aside_and_the_stage_is_taken_from_t
     before = (folder / "dvc.lock").read_bytes()
     (folder / "dvc.lock").write_bytes(content)
     dvc.repro("one")
-    assert "dvc.lock: is damaged; moved to dvc.lock.damaged, and every stage is checked again" in messages.text
+    assert "dvc.lock: is damaged; moved to dvc.lock.damaged, and all stages will be rechecked" in messages.text
     assert "is cached - skipping run" in messages.text
     assert (folder / "dvc.lock").read_bytes() == before
     assert (folder / "dvc.lock.damaged").read_bytes() == content

@@ -51,5 +51,5 @@ def test_where_the_flow_is_gone_already_it_does_not_start(monkeypatch: pytest.Mo
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     monkeypatch.setenv("TPAW_OWNER", str(ended.pid))
-    with pytest.raises(TpawError, match=rf"the flow \(process {ended.pid}\) that started this stage is gone"):
+    with pytest.raises(TpawError, match=rf"the flow \(process {ended.pid}\) that started this stage has ended"):
         parent.exit_with_parent()
