@@ -23,7 +23,7 @@ from latent_skill import without_carry
 from tpaw_core.artifacts import checkpoint
 from tpaw_core.artifacts.encoded import read_encoded, read_encoding
 from tpaw_core.config.params import Generation, Params
-from tpaw_core.data import arithmetic, encoding
+from tpaw_core.data import arithmetic, turns
 from tpaw_core.data.endings import Response
 from tpaw_core.data.rows import read_rows
 from tpaw_core.data.tokens import Ids
@@ -89,7 +89,7 @@ def diagnose(workspace: Workspace, iteration: int, params: Params) -> dict[str, 
     def prompts_of(texts: Sequence[str]) -> list[Ids]:
         chats = ([{"role": "user", "content": text}] for text in texts)
         kwargs = params.model.chat_template_kwargs
-        shown = [encoding.render(tokenizer, chat, kwargs, add_generation_prompt=True) for chat in chats]
+        shown = [turns.render(tokenizer, chat, kwargs, add_generation_prompt=True) for chat in chats]
         return list(tokenizer(shown, add_special_tokens=False)["input_ids"])
 
     def answers(prompts: Sequence[Ids], temperature: float) -> tuple[list[Response], list[str]]:

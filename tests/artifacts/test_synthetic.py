@@ -12,6 +12,7 @@ from tests.support.rows import encode_rows, eos_ending
 from tpaw_core.artifacts.synthetic import equal_share, read_responses, write_synthetic
 from tpaw_core.data.endings import Response
 from tpaw_core.data.rows import Row
+from tpaw_core.data.tokens import TokenRows
 from tpaw_core.errors import TpawError
 from tpaw_core.workspace import files
 
@@ -33,7 +34,7 @@ def path(tmp_path: Path) -> Path:
 def test_answers_come_back_as_they_were_generated(rows: list[Row], tokenizer: Any, tmp_path: Path) -> None:
     """Also their texts, for people; a prompt that leaves no room has no answer and no row."""
     encoded = encode_rows(rows[:5], tokenizer)
-    kept = encoded._replace(row_ids=encoded.row_ids[1:])
+    kept = encoded._replace(row_ids=encoded.row_ids[1:], chosen=TokenRows(list(encoded.chosen)[1:]))
     texts = ["7", rows[2].completion, "3 + 4 = 7\n#### 7", ""]
     ending = eos_ending(tokenizer)
     closed = [ending.close(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]

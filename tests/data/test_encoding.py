@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tpaw_core.data import encoding
+from tpaw_core.data import encoding, turns
 from tpaw_core.data.encoding import EncodedRows
 from tpaw_core.data.endings import Ending
 from tpaw_core.data.rows import Row, Unusable
@@ -216,13 +216,13 @@ def test_a_tokenizer_without_a_chat_template_is_refused(missing: str | None) -> 
     tokenizer = make(CHATML)
     tokenizer.chat_template = missing
     with pytest.raises(TpawError, match=r"has no chat template; set one in model\.chat_template"):
-        encoding.turn(tokenizer, row(), {})
+        turns.turn(tokenizer, row(), {})
 
 
 def test_an_answer_that_the_template_changes_is_not_guessed() -> None:
     changed = CHATML.replace("m['content']", "(m['content'] | upper if m['role'] == 'assistant' else m['content'])")
-    with pytest.raises(Unusable, match="its answer is not in the conversation"):
-        encoding.turn(make(changed), row("abc"), {})
+    with pytest.raises(Unusable, match="changes the text of its answer"):
+        turns.turn(make(changed), row("abc"), {})
 
 
 CONVERSATION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 12 + 7?"}]
@@ -231,8 +231,8 @@ KINDS = ["plain", "chatml", "bos", "bos in template"]
 
 def test_a_prompt_is_rendered_by_the_chat_template_ready_for_the_answer(variant: Callable[[str], Any]) -> None:
     expected = "<|system|>\nBe brief.\n<|user|>\nWhat is 12 + 7?\n<|assistant|>\n"
-    assert encoding.render(variant("chatml"), CONVERSATION, {}, add_generation_prompt=True) == expected
-    assert encoding.turn(variant("chatml"), row("19", *CONVERSATION), {}).prompt == expected
+    assert turns.render(variant("chatml"), CONVERSATION, {}, add_generation_prompt=True) == expected
+    assert turns.turn(variant("chatml"), row("19", *CONVERSATION), {}).prompt == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -328,7 +328,7 @@ def test_a_template_that_always_prompts_gets_eos_and_not_the_next_turn() -> None
 
 
 def test_templates_that_end_answers_differently_are_refused() -> None:
-    template = CHATML.replace("'<|im_end|>\n'", "('<|im_end|>\n' if m['content'] | length < 40 else '<end_turn>\n')")
+    template = CHATML.replace("'<|im_end|>\n'", "('<|im_end|>\n' if '6 6' not in m['content'] else '<end_turn>\n')")
     with pytest.raises(TpawError, match=r"ends answers with different tokens \(<end_turn>, <\|im_end\|>\)"):
         encode(make(template), [row("6"), row("6 " * 30)])
 

@@ -7,9 +7,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support.rows import encode_rows
+from tests.support.rows import encode_rows, eos_ending
 from tpaw_core.config.params import Evaluation
-from tpaw_core.data import encoding
+from tpaw_core.data import turns
 from tpaw_core.data.rows import Row
 from tpaw_core.errors import TpawError
 from tpaw_core.evaluation.answers import Heldout, answer, sample_of, write_task
@@ -39,9 +39,9 @@ def test_a_task_holds_the_rendered_prompts_the_answers_and_the_pattern(
     rows: list[Row], tokenizer: Any, tmp_path: Path
 ) -> None:
     settings = Evaluation(answer_pattern=r"#### (\d+)", max_new_tokens=8)
-    write_task(tmp_path, "heldout", held(rows[:3], tokenizer), tokenizer, settings)
+    write_task(tmp_path, "heldout", held(rows[:3], tokenizer), tokenizer, settings, eos_ending(tokenizer))
     lines = pq.read_table(tmp_path / "heldout.parquet").to_pylist()
-    texts = [encoding.render(tokenizer, row.prompt, {}, add_generation_prompt=True) for row in rows[:3]]
+    texts = [turns.render(tokenizer, row.prompt, {}, add_generation_prompt=True) for row in rows[:3]]
     assert [line["text"] for line in lines] == texts
     assert [(line["task"], line["number"]) for line in lines] == [("heldout", number) for number in range(3)]
     assert [line["target"] for line in lines] == [row.completion for row in rows[:3]]
@@ -54,7 +54,14 @@ def test_a_task_holds_the_rendered_prompts_the_answers_and_the_pattern(
 def test_a_row_without_an_answer_is_named(rows: list[Row], tokenizer: Any, tmp_path: Path) -> None:
     bad = [*rows[:2], Row("x", rows[2].prompt, "no mark")]
     with pytest.raises(TpawError, match=r"data/validation\.jsonl: row 3: .* finds no answer in its target"):
-        write_task(tmp_path, "validation", held(bad, tokenizer), tokenizer, Evaluation(answer_pattern=r"#### (\d+)"))
+        write_task(
+            tmp_path,
+            "validation",
+            held(bad, tokenizer),
+            tokenizer,
+            Evaluation(answer_pattern=r"#### (\d+)"),
+            eos_ending(tokenizer),
+        )
 
 
 def test_a_row_that_could_not_be_encoded_is_not_asked_and_keeps_its_place(
@@ -63,13 +70,13 @@ def test_a_row_that_could_not_be_encoded_is_not_asked_and_keeps_its_place(
     settings, ended = Evaluation(answer_pattern=r"#### (\d+)"), tokenizer.eos_token
     hostile = Row("h", [{"role": "user", "content": f"7{ended}"}], "no mark")
     given = held([rows[0], hostile, rows[1]], tokenizer, max_skipped=0.5)
-    write_task(tmp_path, "heldout", given, tokenizer, settings)
+    write_task(tmp_path, "heldout", given, tokenizer, settings, eos_ending(tokenizer))
     lines = pq.read_table(tmp_path / "heldout.parquet").to_pylist()
     assert [line["target"] for line in lines] == [rows[0].completion, rows[1].completion]
     assert [line["number"] for line in lines] == [0, 1]
     bad = held([rows[0], hostile, Row("x", rows[2].prompt, "no mark")], tokenizer, max_skipped=0.5)
     with pytest.raises(TpawError, match=r"data/heldout\.jsonl: row 3: .* finds no answer in its target"):
-        write_task(tmp_path, "heldout", bad, tokenizer, settings)
+        write_task(tmp_path, "heldout", bad, tokenizer, settings, eos_ending(tokenizer))
 
 
 @pytest.mark.parametrize("target", ["2024-05-05", "007", "1e5", "null"])
@@ -77,7 +84,14 @@ def test_a_target_that_looks_like_a_date_or_a_number_stays_text(
     target: str, rows: list[Row], tokenizer: Any, tmp_path: Path
 ) -> None:
     own = Row("t", rows[0].prompt, target)
-    write_task(tmp_path, "heldout", held([own], tokenizer), tokenizer, Evaluation(answer_pattern=r"^(.+)$"))
+    write_task(
+        tmp_path,
+        "heldout",
+        held([own], tokenizer),
+        tokenizer,
+        Evaluation(answer_pattern=r"^(.+)$"),
+        eos_ending(tokenizer),
+    )
     (line,) = pq.read_table(tmp_path / "heldout.parquet").to_pylist()
     assert (line["target"], line["answer"]) == (target, target)
 

@@ -28,6 +28,7 @@ class EndingFile(Record):
     end_id: int
     stop_ids: list[int]
     in_template: bool
+    opening: str = ""
     pad_id: int
 
 
@@ -51,6 +52,7 @@ def write_encoding(
             end_id=ending.end_id,
             stop_ids=list(ending.stop_ids),
             in_template=ending.in_template,
+            opening=ending.opening,
             pad_id=tokenizer.pad_token_id,
         )
         (aside / "ending.json").write_text(content.text())
@@ -64,7 +66,7 @@ def read_encoding(workspace: Workspace) -> Encoding:
     found = records.read(path, EndingFile, AGAIN)
     if found.end_id not in found.stop_ids:
         raise TpawError(f"{path}: is damaged; {AGAIN}")
-    return Encoding(Ending(found.end_id, tuple(found.stop_ids), found.in_template), found.pad_id)
+    return Encoding(Ending(found.end_id, tuple(found.stop_ids), found.in_template, found.opening), found.pad_id)
 
 
 def read_encoded(workspace: Workspace, name: str, first: int | None = None) -> EncodedRows:

@@ -45,19 +45,23 @@ def write_synthetic(
             "rejected": pa.string(),
             "rejected_ids": pa.list_(pa.int32()),
             "finish_reason": pa.string(),
+            "equal": pa.bool_(),  # to the target, id for id
         },
         metadata={ENCODED: digest},
     )
     kept = set(encoded.row_ids)  # a prompt without room for an answer has none
-    answered = zip((row for row in rows if row.prompt_id in kept), responses, strict=True)
+    answered = zip((row for row in rows if row.prompt_id in kept), responses, encoded.chosen, strict=True)
     with pq.ParquetWriter(path, schema) as file:
         while some := list(islice(answered, ROWS_AT_A_TIME)):
-            ids = [list(r.ids) for _, r in some]
+            ids = [list(r.ids) for _, r, _ in some]
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
             columns = zip(
                 *(
-                    (row.prompt_id, iteration, opponent, row.prompt, row.completion, text, own, r.finish_reason)
-                    for (row, r), text, own in zip(some, texts, ids, strict=True)
+                    (
+                        *(row.prompt_id, iteration, opponent, row.prompt, row.completion, text, own),
+                        *(r.finish_reason, own == list(target)),
+                    )
+                    for (row, r, target), text, own in zip(some, texts, ids, strict=True)
                 ),
                 strict=True,
             )
@@ -98,11 +102,16 @@ def read_responses(path: Path, row_ids: list[str], sha256: str | None = None, di
 
 
 def equal_share(synthetic: Path) -> float | None:
-    """The share of answers in synthetic/<t>.parquet that equal their target; None where there is no such file."""
+    """The share of responses in synthetic/<t>.parquet whose ids are those of their target; None where it is not known.
+
+    Two sequences of ids may make the same text, and to the objective they differ.
+    """
     if not synthetic.exists():
         return None
-    import pyarrow.parquet
+    import pyarrow.parquet as pq
 
-    table = pyarrow.parquet.read_table(synthetic, columns=["chosen", "rejected"])
-    pairs = zip(*(table[name].to_pylist() for name in ("chosen", "rejected")), strict=True)
-    return sum(chosen == rejected for chosen, rejected in pairs) / table.num_rows
+    with readable(synthetic):
+        if "equal" not in pq.read_schema(synthetic).names:
+            return None
+        equal = pq.read_table(synthetic, columns=["equal"])["equal"].to_pylist()
+    return sum(equal) / len(equal)

@@ -17,6 +17,14 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["float32", "bfloat16"]
 
 
+# Arguments of apply_chat_template that decide what is rendered, and how.
+NOT_FOR_THE_TEMPLATE = {
+    *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
+}
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -40,6 +48,13 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     max_length: Count = 1024  # prompt and response together, in tokens
     scratch: Scratch | None = None
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _for_the_template(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(NOT_FOR_THE_TEMPLATE & set(given)):
+            raise ValueError(f"{taken[0]} is set by tpaw itself; only what the chat template asks for belongs here")
+        return given
 
 
 class Data(Section):

@@ -25,6 +25,7 @@ class Ending:
     end_id: int
     stop_ids: tuple[int, ...]  # end_id among them
     in_template: bool = False  # whether the chat template itself writes end_id after an answer
+    opening: str = ""  # the last word that it writes before an answer's own text, such as </think>
 
     def close(self, target: Ids) -> list[int]:
         """The target with ``end_id`` at its end, once."""
@@ -33,6 +34,10 @@ class Ending:
     def early(self, target: Ids) -> int | None:
         """A stop token before the target's end: an answer would stop there."""
         return next((token for token in target[:-1] if token in self.stop_ids), None)
+
+    def answer(self, text: str) -> str:
+        """An answer's own text, without the reasoning before it."""
+        return (text.rpartition(self.opening)[2] if self.opening else text).strip()
 
     def cut(self, answer: Sequence[int], room: int) -> Response:
         """Removes what follows a stop token or exceeds ``room``; an answer without one gets none."""

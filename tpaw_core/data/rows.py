@@ -93,6 +93,11 @@ def usable_row(item: Any, data: Data) -> Row:
         raise Unusable("its target is empty")
     if not any(message["content"].strip() for message in prompt):
         raise Unusable("its prompt is empty")
+    if prompt[-1]["role"] == "assistant":
+        raise Unusable(
+            "its prompt ends with a turn of the assistant, which its answer would follow as a second one; put both "
+            "into one turn, or end the prompt with another role's"
+        )
     more = [] if tools is None and answer is None else [tools, answer]
     try:
         identity = json.dumps([prompt, completion, *more], ensure_ascii=False, allow_nan=False).encode()

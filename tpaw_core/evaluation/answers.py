@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tpaw_core.data.encoding import EncodedRows
     from tpaw_core.data.endings import Ending
     from tpaw_core.data.rows import Row
+    from tpaw_core.data.tokens import Ids
 
 HELDOUT, METRIC = "heldout", "exact_match"
 OWN = (HELDOUT, "validation")  # each on the rows of data/<name>.jsonl
@@ -60,10 +61,19 @@ def engine(
             docs = [request.doc for request in requests]
             prompts = [tasks[doc["task"]].encoded.prompts[doc["number"]] for doc in docs]
             answers = in_process.generate(model, prompts, greedy, max_length=room, ending=ending, pad_id=pad_id, seed=0)
-            ids = [list(a.ids[:-1] if a.finish_reason == "stop" else a.ids) for a in answers]
-            return list(tokenizer.batch_decode(ids, skip_special_tokens=True))
+            return judged([answer.ids for answer in answers], tokenizer, ending)
 
     return Engine(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, max_length=max_length)
+
+
+def judged(ids: Iterable[Ids], tokenizer: PreTrainedTokenizerBase, ending: Ending) -> list[str]:
+    """The texts in which an answer is looked for, of responses and of targets: without reasoning and special tokens."""
+    shown = [list(own[:-1]) if len(own) and own[-1] in ending.stop_ids else list(own) for own in ids]
+    if not ending.opening:
+        return [text.strip() for text in tokenizer.batch_decode(shown, skip_special_tokens=True)]
+    special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)) or "(?!)")
+    # The opening may hold special tokens itself, as <|channel|>final<|message|> does.
+    return [special.sub("", ending.answer(text)).strip() for text in tokenizer.batch_decode(shown)]
 
 
 def answer(text: str, pattern: str) -> str | None:
@@ -74,11 +84,19 @@ def answer(text: str, pattern: str) -> str | None:
     return next((group for group in match.groups() if group), match.group()).strip()
 
 
-def targets(name: str, rows: Sequence[Row], places: Sequence[int], settings: Evaluation) -> list[str]:
-    """The answer in each row's target. Raises TpawError for the first row, by its place in data/, that holds none."""
+def target_texts(held: Heldout, tokenizer: PreTrainedTokenizerBase, ending: Ending) -> list[str]:
+    """Each encoded row's target as a response with its ids would be judged; the row's own text where it was cut."""
+    whole = [ids[-1] == ending.end_id for ids in held.encoded.chosen]
+    texts = judged(held.encoded.chosen, tokenizer, ending)
+    kept = zip(whole, texts, held.encoded.places, strict=True)
+    return [text if ended else ending.answer(held.rows[place].completion) for ended, text, place in kept]
+
+
+def targets(name: str, texts: Sequence[str], places: Sequence[int], settings: Evaluation) -> list[str]:
+    """The answer in each target. Raises TpawError for the first row, by its place in data/, whose target holds none."""
     found = []
-    for row, place in zip(rows, places, strict=True):
-        target = answer(row.completion, settings.answer_pattern)
+    for text, place in zip(texts, places, strict=True):
+        target = answer(text, settings.answer_pattern)
         if target is None:
             raise TpawError(
                 f"data/{name}.jsonl: row {place + 1}: evaluation.answer_pattern {settings.answer_pattern!r} "
@@ -89,14 +107,14 @@ def targets(name: str, rows: Sequence[Row], places: Sequence[int], settings: Eva
 
 
 def write_task(
-    folder: Path, name: str, held: Heldout, tokenizer: PreTrainedTokenizerBase, settings: Evaluation
+    folder: Path, name: str, held: Heldout, tokenizer: PreTrainedTokenizerBase, settings: Evaluation, ending: Ending
 ) -> None:
     """A task of our own. Its documents are Parquet: a JSON reader would turn a target like 2024-05-05 into a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     rows = [held.rows[place] for place in held.encoded.places]
-    found = targets(name, rows, held.encoded.places, settings)
+    found = targets(name, target_texts(held, tokenizer, ending), held.encoded.places, settings)
     documents = {
         "task": pa.array([name] * len(rows), pa.string()),
         "number": pa.array(range(len(rows)), pa.int64()),

@@ -54,7 +54,7 @@ def evaluate(
     if own := [task for task in settings.tasks if task in OWN]:
         with tempfile.TemporaryDirectory(prefix="tpaw-evaluation-") as folder:
             for task in own:
-                write_task(Path(folder), task, held[task], tokenizer, settings)
+                write_task(Path(folder), task, held[task], tokenizer, settings, ending)
             tasks = TaskManager(include_path=folder, include_defaults=False).load(own)
             own_model = engine(model, tokenizer, held, settings, max_length=max_length, ending=ending, pad_id=pad_id)
             results = evaluator.evaluate(own_model, tasks, limit=settings.limit)
@@ -62,7 +62,13 @@ def evaluate(
         sampled = results["samples"].get(HELDOUT, [])
     if others := [task for task in settings.tasks if task not in OWN]:
         results = simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, max_length=max_length),
+            HFLM(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=settings.batch_size,
+                max_length=max_length,
+                think_end_token=ending.opening or None,
+            ),
             tasks=others,
             task_manager=_known_tasks(),
             limit=settings.limit,

@@ -55,6 +55,7 @@ def check(context: Context) -> None:
             problems += encode.reasons(tokenizer)
     if known and tokenizer is not None and not encode.reasons(tokenizer):
         _rows_as_ids(context, tokenizer, shipped, problems)
+        heldout = []  # their targets are looked at as token ids
     _benchmarks(context, heldout, problems)
     _settings(context, problems)
     if tokenizer is not None:
@@ -67,6 +68,10 @@ def check(context: Context) -> None:
 
 
 def _rows_as_ids(context: Context, tokenizer: Any, shipped: list[int], problems: Problems) -> None:
+    """Rows that cannot be encoded, and targets in which a response with the same ids would have no answer."""
+    from tpaw_core.evaluation import answers
+
+    settings = context.params.evaluation
     with problems.found():
         ending = encode.ending(context, tokenizer, shipped)
         for name in encode.names(context):
@@ -74,6 +79,9 @@ def _rows_as_ids(context: Context, tokenizer: Any, shipped: list[int], problems:
                 rows = encode.rows(context, tokenizer, ending, name)
                 longest = max(len(p) + len(c) for p, c in zip(rows.prompts, rows.chosen, strict=True))
                 logger.info("%s: %d rows, the longest has %d tokens", name, len(rows.row_ids), longest)
+                if name in settings.tasks:
+                    held = answers.Heldout(list(read_rows(context.workspace.data / f"{name}.jsonl")), rows)
+                    answers.targets(name, answers.target_texts(held, tokenizer, ending), rows.places, settings)
 
 
 def _benchmarks(context: Context, heldout: list[Row], problems: Problems) -> None:
@@ -83,7 +91,8 @@ def _benchmarks(context: Context, heldout: list[Row], problems: Problems) -> Non
     problems += harness.reasons(settings)
     if any(task in answers.OWN for task in settings.tasks):
         with problems.found():
-            answers.targets(answers.HELDOUT, heldout, range(len(heldout)), settings)
+            texts = [row.completion for row in heldout]
+            answers.targets(answers.HELDOUT, texts, range(len(heldout)), settings)
 
 
 def _settings(context: Context, problems: Problems) -> None:

@@ -1,0 +1,229 @@
+"""Turns: what a chat template writes for a row when it prompts, and what it writes as the answer.
+
+The prompt is what the template writes when it prompts. The target is what it writes after the prompt's last message in
+the whole conversation, less what the prompt has there. Both places are found by a mark at the end of each text, so
+that a text which occurs twice misleads nobody. Knows templates; must not know token ids.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from tpaw_core.data.messages import Message, Unusable
+from tpaw_core.data.rows import Row
+from tpaw_core.errors import TpawError
+
+REASONING_END = "</think>"  # templates take what an assistant's content has before it for reasoning
+MARK = 5318008  # digits: neither a change of case nor JSON alters them
+
+
+class Turn(NamedTuple):
+    """The texts around an answer, as the template writes them."""
+
+    prompt: str
+    preamble: str  # what the template writes between the prompt and the answer's own text
+    answer: str
+    tail: str  # what it writes after it
+    opening: str = ""  # the last word of the preamble that is not the row's, such as </think>
+
+    @property
+    def target(self) -> str:
+        return self.preamble + self.answer
+
+
+def render(tokenizer: Any, messages: list[Message], options: Mapping[str, Any], **more: Any) -> str:
+    """Raises Unusable with the template's own words where it refuses the messages."""
+    if not tokenizer.chat_template:
+        raise TpawError(
+            f"{tokenizer.name_or_path}: its tokenizer has no chat template; set one in model.chat_template "
+            "so that generation and training use the same prompt"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **{**options, **more})
+    except Exception as error:  # a template may raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise Unusable(f"the chat template refuses it ({reason})") from None
+
+
+def turn(tokenizer: Any, row: Row, options: Mapping[str, Any]) -> Turn:
+    """A row's prompt and answer, as the template writes them.
+
+    What only the conversation writes before an answer, such as an empty block of reasoning, belongs to the target: the
+    model has to write it too. What only the prompt writes belongs to the prompt.
+
+    The arguments of tool calls are objects, as transformers has it. A template that cannot show them so gets JSON text,
+    and one that shows no text as content gets content as a list of parts.
+    Raises Unusable where the template does not show a text of the row, or where both write something of their own.
+    """
+    messages = [_with_arguments(message, as_text=False) for message in row.conversation]
+    try:
+        return _turn(tokenizer, row, messages, options)
+    except Unusable as reason:
+        for others in _otherwise(tokenizer, messages, options):
+            with suppress(Unusable):
+                return _turn(tokenizer, row, others, options)
+        raise reason from None
+
+
+def _otherwise(tokenizer: Any, messages: list[Message], options: Mapping[str, Any]) -> Iterator[list[Message]]:
+    texts = [_with_arguments(message, as_text=True) for message in messages]
+    if texts != messages:
+        yield texts
+    probe = {"role": "user", "content": str(MARK)}
+    if not _shows(tokenizer, probe, options) and _shows(tokenizer, _in_parts(probe), options):
+        yield [_in_parts(message) for message in messages]
+
+
+def _shows(tokenizer: Any, message: Message, options: Mapping[str, Any]) -> bool:
+    with suppress(Unusable):
+        shown = render(tokenizer, [message], options)
+        return str(MARK) in shown and not _as_python(message, shown)
+    return False
+
+
+def _in_parts(message: Message) -> Message:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def _with_arguments(message: Message, *, as_text: bool) -> Message:
+    """With the arguments of its tool calls as objects or as JSON text; text that is not JSON stays as it is."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = _function(call)
+        given = function.get("arguments")
+        if as_text and given is not None and not isinstance(given, str):
+            call = _replaced(call, arguments=json.dumps(given, ensure_ascii=False))
+        elif not as_text and isinstance(given, str):
+            with suppress(ValueError, RecursionError):
+                call = _replaced(call, arguments=json.loads(given))
+        calls.append(call)
+    return {**message, "tool_calls": calls}
+
+
+def _turn(tokenizer: Any, row: Row, messages: list[Message], options: Mapping[str, Any]) -> Turn:
+    def write(conversation: list[Message], tools: list[Any] | None, prompting: bool) -> str:
+        more = {"tools": tools} if tools else {}
+        return render(tokenizer, conversation, options, add_generation_prompt=prompting, **more)
+
+    prompt, whole = write(messages[:-1], row.tools, True), write(messages, row.tools, False)
+    marked = Marked(messages, row.tools, prompt + whole + row.text())
+    asked, said = write(marked.messages[:-1], marked.tools, True), write(marked.messages, marked.tools, False)
+    _refuse_hidden(row, marked, asked, said)
+    *_, last, end = marked.ends
+    before = asked.rpartition(last)[2]  # what stands between the last message and the answer, when it prompts
+    rest, _, tail = said.rpartition(last)[2].partition(end)
+    shown = whole.removesuffix(tail)
+    if not (prompt.endswith(before) and whole.endswith(tail) and shown.rstrip().endswith(rest.rstrip())):
+        raise Unusable("what the chat template writes around its answer changes with the row's own texts")
+    start = len(rest) - len(_shown_end(row.completion.strip(), rest))
+    same = len(before) if rest.startswith(before) else min(_common(before, rest), start)
+    own, preamble = before[same:], rest[same:start]
+    if own and preamble.strip():
+        raise Unusable(
+            f"the chat template starts an answer with {own!r} when it prompts, and with {preamble!r} in a "
+            "conversation; give another one in model.chat_template, or look at model.chat_template_kwargs"
+        )
+    reasoning = str((row.answer or {}).get("reasoning_content") or "").strip()
+    if reasoning not in preamble:
+        raise Unusable("the chat template does not show the reasoning_content of its answer")
+    opening = (preamble.rpartition(reasoning)[2] if reasoning else preamble).split()[-1:]
+    answer = rest[max(start, same) :] + shown[len(shown.rstrip()) :]
+    return Turn(prompt, "" if own else preamble, answer, tail, "".join(opening))
+
+
+def _shown_end(answer: str, rest: str) -> str:
+    """The part of the answer with which ``rest`` ends: all of it, unless the template writes its reasoning anew."""
+    if rest.endswith(answer):
+        return answer
+    reasoning, _, said = answer.rpartition(REASONING_END)
+    if reasoning.strip().removeprefix("<think>").strip() not in rest:
+        raise Unusable(
+            f"the chat template leaves out what its answer has before {REASONING_END!r}; give one in "
+            "model.chat_template that shows it"
+        )
+    return said.strip()
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters both start with."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _refuse_hidden(row: Row, marked: Marked, asked: str, said: str) -> None:
+    """Raises Unusable for a text that the template does not write up to its end; an assistant's reasoning may go."""
+    *prompt, answer = zip(row.conversation, marked.ends, strict=True)
+    shown = [(message, end, asked, f"message of the role {message['role']!r}") for message, end in prompt]
+    for message, end, where, whose in [*shown, (*answer, said, "answer")]:
+        *parts, _ = where.split(end) if end else ("", "")
+        text = message["content"].strip()
+        forms = [text, json.dumps(text, ensure_ascii=False)[1:-1]]
+        if message["role"] == "assistant":
+            forms.append(text.rpartition(REASONING_END)[2].strip())
+        if not parts:
+            raise Unusable(f"the chat template does not show its {whose}")
+        if end and not any(part.endswith(tuple(forms)) for part in parts):
+            raise Unusable(f"the chat template changes the text of its {whose}")
+    if marked.ends[-2] not in said:
+        raise Unusable("the chat template leaves the last message of its prompt out once there is an answer")
+    for kind, items, where in (
+        ("tool", marked.tools, asked),
+        ("tool call", _calls(marked.messages[:-1]), asked),
+        ("tool call", _calls(marked.messages[-1:]), said),
+    ):
+        for item in items:
+            if (name := _function(item).get("name")) and name not in where:
+                raise Unusable(f"the chat template does not show its {kind} {name.removesuffix(marked.name)!r}")
+    if any(_as_python(message, asked + said) for message in marked.messages):
+        raise Unusable("the chat template writes the arguments of a tool call as Python does, not as JSON")
+
+
+class Marked:
+    """Messages and tools with a mark at the end of each text and each name, none of which occurs in ``texts``."""
+
+    def __init__(self, messages: list[Message], tools: list[Any] | None, texts: str) -> None:
+        number = next(number for number in range(MARK, 10 * MARK) if str(number) not in texts)
+        self.name = f"_{number}"
+        self.ends = [
+            f"{number}-{place}-{number}" if message["content"] or place >= len(messages) - 2 else ""
+            for place, message in enumerate(messages)
+        ]
+        self.messages = [self._message(message, end) for message, end in zip(messages, self.ends, strict=True)]
+        self.tools = [self._named(tool) for tool in tools or ()]
+
+    def _message(self, message: Message, end: str) -> Message:
+        content = message["content"]
+        calls = {"tool_calls": [self._named(call) for call in message["tool_calls"]]} if _calls([message]) else {}
+        if isinstance(content, str):
+            return {**message, "content": content.rstrip() + end, **calls}
+        return {**message, "content": [{**part, "text": part["text"].rstrip() + end} for part in content], **calls}
+
+    def _named(self, item: Any) -> Any:
+        """A tool or a call of one."""
+        function = _function(item)
+        if not isinstance(function.get("name"), str):
+            return item
+        return _replaced(item, name=function["name"] + self.name)
+
+
+def _function(item: Any) -> dict[str, Any]:
+    function = item.get("function", item) if isinstance(item, dict) else None
+    return function if isinstance(function, dict) else {}
+
+
+def _replaced(item: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**item, "function": {**item["function"], **changes}} if "function" in item else {**item, **changes}
+
+
+def _calls(messages: list[Message]) -> list[Any]:
+    return [call for message in messages for call in message.get("tool_calls") or ()]
+
+
+def _as_python(message: Message, shown: str) -> bool:
+    """Whether a list or an object of the message is written as Python writes it, by a template that expects text."""
+    values = [message["content"], *(_function(call).get("arguments") for call in _calls([message]))]
+    return any(str(v) in shown and str(v) != json.dumps(v) for v in values if v and isinstance(v, (dict, list)))
