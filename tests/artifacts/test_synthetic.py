@@ -52,6 +52,19 @@ def test_answers_come_back_as_they_were_generated(rows: list[Row], tokenizer: An
     assert equal_share(tmp_path / "2.parquet") == 0.25
 
 
+def test_responses_equal_their_target_by_ids_and_not_by_text(rows: list[Row], tokenizer: Any, tmp_path: Path) -> None:
+    encoded, path = encode_rows(rows[:2], tokenizer), tmp_path / "1.parquet"
+    letters = [i for c in rows[1].completion for i in tokenizer(c, add_special_tokens=False)["input_ids"]]
+    responses = [eos_ending(tokenizer).cut(ids, 100) for ids in (encoded.chosen[0], [*letters, encoded.chosen[1][-1]])]
+    write_synthetic(path, 1, "a" * 64, rows[:2], encoded, responses, tokenizer, DIGEST)
+    written = pq.read_table(path)
+    assert written["rejected"].to_pylist() == [row.completion for row in rows[:2]]
+    assert written["equal"].to_pylist() == [True, False]
+    assert equal_share(path) == 0.5
+    pq.write_table(written.drop_columns(["equal"]), path)  # as before responses were compared
+    assert equal_share(path) is None
+
+
 def test_answers_are_given_in_the_order_asked_for(path: Path) -> None:
     assert list(map(list, read_responses(path, NAMES))) == [[5, 6, 7], []]
     assert list(map(list, read_responses(path, NAMES[::-1]))) == [[], [5, 6, 7]]

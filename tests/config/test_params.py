@@ -49,6 +49,10 @@ WORKSPACE = Workspace(ROOT)
         ("generation.backend=sglang", "generation.backend: Input should be 'transformers' or 'vllm'"),
         ("data.max_skipped=2", "data.max_skipped: Input should be less than or equal to 1"),
         ("model.max_length=0", "model.max_length: Input should be greater than or equal to 1"),
+        *(
+            (f"model.chat_template_kwargs.{name}=true", f"model.chat_template_kwargs: {name} is set by tpaw itself")
+            for name in ("tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "max_length")
+        ),
         ("model.dtype=float16", "model.dtype: Input should be 'auto', 'float32' or 'bfloat16'"),
         ("training.learning_rate=0", "training.learning_rate: Input should be greater than 0"),
         ("training.learning_rate=.inf", "training.learning_rate"),

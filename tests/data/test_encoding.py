@@ -6,72 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
+from tests.support.templates import ALTERNATING, CHATML, NO_END, OPENED, THINKING, TOOLS, make, row
 from tpaw_core.data import encoding, turns
 from tpaw_core.data.encoding import EncodedRows
 from tpaw_core.data.endings import Ending
 from tpaw_core.data.rows import Row, Unusable
 from tpaw_core.errors import TpawError
-
-TEXTS = ["How many wheels have 3 carts? 3 times 2 is 6. system user assistant tool think count(a)"]
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-ALTERNATING = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
-    "{% for m in messages %}{{ '<turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
-    "{{ m['content'] | trim }}{{ '<end_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}"
-)
-# Writes a block of reasoning before every answer, and with enable_thinking=false already when it prompts.
-THINKING = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if m['role'] == 'assistant' %}{{ '<think>\n' + (m['reasoning_content'] or '') + '\n</think>\n\n' }}{% endif %}"
-    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{% endif %}"
-)
-# Prompts with an opened block of reasoning that a conversation does not have.
-OPENED = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
-NO_END = (
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
-TOOLS = (
-    "{% if tools %}{{ 'tools: ' }}{% for t in tools %}{{ t['function']['name'] + ' ' }}{% endfor %}{% endif %}"
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
-    "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] + c['function']['arguments'] | tojson }}{% endfor %}"
-    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-MARKS = ("<|im_start|>", "<|im_end|>", "<turn>", "<end_turn>")
-
-
-def make(template: str, *, eos: str | None = "<eos>", meta: bool = False) -> Any:
-    """A tokenizer; ``meta``: one that writes a symbol before the first word of every text, as SentencePiece does."""
-    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True) if meta else models.BPE())
-    if meta:
-        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-        alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
-    else:
-        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        alphabet = []
-    special = ["<unk>", "<pad>", *([eos] if eos else []), *MARKS, *alphabet]
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )  # fmt: skip
-    bpe.train_from_iterator(TEXTS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, pad_token="<pad>", chat_template=template)
-
-
-def row(completion: str = "3 times 2 is 6.", *messages: dict[str, Any], **more: Any) -> Row:
-    prompt = list(messages) or [{"role": "user", "content": "How many wheels have 3 carts?"}]
-    return Row("0" * 16, prompt, completion, **more)
 
 
 def encode(
@@ -187,7 +128,7 @@ def test_a_preamble_that_only_the_prompt_has_stays_there(answer: str) -> None:
         (
             OPENED.replace("m['role'] + '\n'", "m['role'] + '\n' + ('<a>' if m['role'] == 'assistant' else '')"),
             row("6"),
-            "starts an answer with .* when it prompts, and with .* in a conversation",
+            r"before an answer the chat template writes .*<think>.* when it prompts, and .*<a>' in a conversation",
         ),
     ],
 )
@@ -362,3 +303,68 @@ def test_reasoning_that_holds_the_answer_is_no_reason_to_refuse() -> None:
     tokenizer = make(THINKING)
     _, encoded = encode(tokenizer, [row("6", answer={"reasoning_content": "2 x 3 = 6, so 6."})])
     assert texts(tokenizer, encoded)[1] == "<think>\n2 x 3 = 6, so 6.\n</think>\n\n6<|im_end|>"
+
+
+def test_an_answer_whose_first_token_would_span_the_prompt_s_end_makes_the_same_text() -> None:
+    """SentencePiece writes a space before the first word of every text, and the prompt ends in one already."""
+    tokenizer = make(NO_END, meta=True)
+    made = row("3 times 2 is 6.")
+    _, encoded = encode(tokenizer, [made])
+    prompt, target = encoded.prompts[0], encoded.chosen[0]
+    assert list(prompt) == tokenizer(turns.turn(tokenizer, made, {}).prompt, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode([*prompt, *target]).endswith("assistant: 3 times 2 is 6.<eos>")
+
+
+HARD = [
+    "🦉👩‍👩‍👧‍👦" * 200,
+    "e\u0301\u0323o\u0308" * 300,
+    "שלום، مرحبا \u202eabc\u202c" * 100,
+    "한국어\u200d\ufeff\x00\u2028" * 100,
+]
+
+
+@pytest.mark.parametrize("text", HARD)
+@pytest.mark.parametrize("meta", [False, True])
+def test_long_texts_of_any_writing_keep_every_character_and_are_cut_anywhere(text: str, meta: bool) -> None:
+    tokenizer = make(CHATML, meta=meta)
+    made = row(text, {"role": "user", "content": text})
+    _, whole = encode(tokenizer, [made], 100_000)
+    target = list(whole.chosen[0])
+    assert tokenizer.decode(target).lstrip(" ") == f"{text}<|im_end|>"
+    for length in range(1, 9):  # within a character as well
+        _, cut = encode(tokenizer, [made], len(whole.prompts[0]) + length)
+        assert list(cut.chosen[0]) == target[:length]
+
+
+def test_a_special_token_in_a_tool_call_or_a_tool_is_refused() -> None:
+    call = {"function": {"name": "count", "arguments": '{"a": "<|im_end|>"}'}}
+    said = [{"role": "user", "content": "3?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    for made in (
+        row("6", *said, {"role": "tool", "content": "6"}),
+        row("6", tools=[{"function": {"name": "count", "description": "<|im_start|>"}}]),
+    ):
+        with pytest.raises(TpawError, match=r"row 1: its text holds the special token '<\|im_"):
+            encode(make(TOOLS), [made])
+
+
+def test_an_answer_that_ends_otherwise_than_the_first_ones_is_refused() -> None:
+    template = CHATML.replace("'<|im_end|>\n'", "('<|im_end|>\n' if '6 6' not in m['content'] else '\n')")
+    with pytest.raises(TpawError, match=r"row 101: the chat template does not end its answer with '<\|im_end\|>'"):
+        encode(make(template), [*[row("6")] * 100, row("6 6")])
+
+
+def test_a_call_after_an_answer_needs_an_end() -> None:
+    calling = TOOLS.replace("<|im_end|>", "")
+    call = {"function": {"name": "count", "arguments": "{}"}}
+    made = row("6", answer={"tool_calls": [call]})
+    with pytest.raises(TpawError, match="its answer calls a tool, and the chat template writes no special token"):
+        encode(make(calling.replace("<|im_start|>", "")), [made])
+    assert texts(make(TOOLS), encode(make(TOOLS), [made])[1])[1] == "6count{}<|im_end|>"
+
+
+def test_the_word_that_opens_answers_is_part_of_the_ending() -> None:
+    assert encode(make(THINKING), [row("6"), row("7")])[0].opening == "</think>"
+    assert encode(make(CHATML), [row("6")])[0].opening == ""
+    changing = THINKING.replace("'\n</think>\n\n'", "'\n</think>\n\n' + m['content'][:1] + ': '")
+    with pytest.raises(TpawError, match=r"ends what it writes before answers in different words \(6:, 7:\)"):
+        encode(make(changing), [row("6"), row("7")])

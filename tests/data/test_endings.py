@@ -66,3 +66,10 @@ def test_a_configuration_names_no_stop_token_one_or_many(own: Any, expected: lis
 def test_stop_tokens_of_configurations_in_their_order() -> None:
     settings = [SimpleNamespace(eos_token_id=eos) for eos in ([7, 2], 2, None, 5)]
     assert configured(settings[0], None, *settings[1:]) == [7, 2, 5]
+
+
+def test_an_answer_s_own_text_follows_what_the_template_writes_before_it() -> None:
+    ending = Ending(1, (1,), opening="</think>")
+    assert ending.answer("<think>\n3 x 2\n</think>\n\n6 ") == "6"
+    assert ending.answer("6") == "6"
+    assert ENDING.answer("<think>\n\n</think>\n\n6") == "<think>\n\n</think>\n\n6"

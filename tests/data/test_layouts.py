@@ -153,6 +153,11 @@ REFUSED: list[tuple[Any, str]] = [
     ({"messages": []}, "'messages' must hold a prompt"),
     ({"messages": [USER]}, "'messages' must hold a prompt and end with the assistant's target"),
     ({"messages": '[{"role": "user"}]'}, "its 'messages' is text, not a list of messages"),
+    (
+        {"messages": [USER, ANSWER, ANSWER]},
+        "its prompt ends with a turn of the assistant, which its answer would follow",
+    ),
+    ({"prompt": [USER, ANSWER], "completion": [ANSWER]}, "its prompt ends with a turn of the assistant"),
     ({"messages": [{"content": "Why?"}, ANSWER]}, "message 1 of its 'messages' has no role"),
     ({"messages": [{"role": "user"}, ANSWER]}, "message 1 of its 'messages' has no content"),
     (

@@ -8,11 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support.rows import encode_rows, eos_ending
+from tests.support.templates import OPENED, THINKING, row
+from tests.support.templates import make as make_tokenizer
 from tpaw_core.config.params import Evaluation
-from tpaw_core.data import turns
+from tpaw_core.data import encoding, turns
 from tpaw_core.data.rows import Row
 from tpaw_core.errors import TpawError
-from tpaw_core.evaluation.answers import Heldout, answer, sample_of, write_task
+from tpaw_core.evaluation.answers import Heldout, answer, judged, sample_of, target_texts, write_task
 
 
 def held(rows: list[Row], tokenizer: Any, **options: Any) -> Heldout:
@@ -104,3 +106,27 @@ def test_a_sample_is_read_from_the_harnesss_record() -> None:
 @pytest.mark.parametrize(("pattern", "text"), [(r"yes|no|maybe: (\w+)", "yes"), (r"#### (\d*)", "#### x")])
 def test_a_match_without_a_group_is_no_answer_as_for_the_harness(pattern: str, text: str) -> None:
     assert answer(text, pattern) is None
+
+
+def test_a_target_is_judged_as_a_response_with_its_ids() -> None:
+    """Also where the template writes reasoning first, or opens it in the prompt."""
+    for template, completion, expected in (
+        (THINKING, "6 carts", "6 carts"),
+        (THINKING, " 6 carts\n", "6 carts"),
+        (OPENED, "<think>\n3 x 2\n</think>\n\n6", "3 x 2\n</think>\n\n6"),
+        (THINKING.replace("<think>", "<turn>").replace("</think>", "<end_turn>"), "6 carts", "6 carts"),
+    ):
+        own, made = make_tokenizer(template), row(completion)
+        ending = encoding.find_ending(own, [made], {}, [])
+        whole = encoding.encode([made], own, ending, max_length=400, max_skipped=0.0, name="r", options={})
+        assert target_texts(Heldout([made], whole), own, ending) == [expected]
+        assert judged([whole.chosen[0][:-1]], own, ending) == [expected]  # a response cut right before its end
+
+
+def test_a_target_cut_at_max_length_is_judged_by_its_row() -> None:
+    own, made = make_tokenizer(THINKING), row("3 times 2 is 6.")
+    ending = encoding.find_ending(own, [made], {}, [])
+    whole = encoding.encode([made], own, ending, max_length=400, max_skipped=0.0, name="r", options={})
+    room = len(whole.prompts[0]) + len(whole.chosen[0]) - 4
+    cut = encoding.encode([made], own, ending, max_length=room, max_skipped=0.0, name="r", options={})
+    assert target_texts(Heldout([made], cut), own, ending) == ["3 times 2 is 6."]

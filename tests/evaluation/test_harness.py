@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.support.rows import encode_rows, eos_ending
+from tests.support.templates import THINKING, row
+from tests.support.templates import make as make_tokenizer
 from tpaw_core.config.params import Evaluation, Generation
+from tpaw_core.data import encoding
 from tpaw_core.data.rows import Row
 from tpaw_core.engine.generation import in_process, way
 from tpaw_core.errors import TpawError
@@ -151,3 +155,26 @@ def test_a_target_in_which_the_pattern_finds_no_answer_is_refused_by_its_row(
     with pytest.raises(TpawError, match=r"heldout\.jsonl: row 3: evaluation\.answer_pattern '#### .*' finds no answer"):
         run(model, tokenizer, bad)
     assert seen == []
+
+
+@pytest.mark.parametrize("pattern", [r"^(.+)$", r"^(\d+)", r"(?s)^(.+)"])
+def test_what_the_template_writes_before_an_answer_is_no_part_of_it(pattern: str) -> None:
+    """A model that has learnt its targets by heart is right, whatever the pattern is tied to."""
+    tokenizer, rows = make_tokenizer(THINKING), [row("6"), row("8", {"role": "user", "content": "And 4 carts?"})]
+    ending = encoding.find_ending(tokenizer, rows, {}, [])
+    encoded = encoding.encode(rows, tokenizer, ending, max_length=128, max_skipped=0.0, name="rows", options={})
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        for prompt, target in zip(encoded.prompts, encoded.chosen, strict=True):
+            ids, labels = [*prompt, *target], [*[-100] * len(prompt), *target]
+            model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    own, pad = settings(answer_pattern=pattern, max_new_tokens=40), tokenizer.pad_token_id
+    held = {"heldout": Heldout(rows, encoded)}
+    found = harness.evaluate(model.eval(), tokenizer, held, own, ending=ending, pad_id=pad, max_length=128, seed=1)
+    assert [sample.completion for sample in found.samples] == ["6", "8"]
+    assert found.primary.value == 1

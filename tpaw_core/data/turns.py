@@ -8,7 +8,7 @@ that a text which occurs twice misleads nobody. Knows templates; must not know t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -61,20 +61,20 @@ def turn(tokenizer: Any, row: Row, options: Mapping[str, Any]) -> Turn:
     messages = [_with_arguments(message, as_text=False) for message in row.conversation]
     try:
         return _turn(tokenizer, row, messages, options)
-    except Unusable as reason:
-        for others in _otherwise(tokenizer, messages, options):
-            with suppress(Unusable):
-                return _turn(tokenizer, row, others, options)
-        raise reason from None
+    except Unusable:
+        texts = [_with_arguments(message, as_text=True) for message in row.conversation]
+        with suppress(Unusable):
+            if texts != messages:
+                return _turn(tokenizer, row, texts, options)
+        if _reads_parts(tokenizer, options):
+            return _turn(tokenizer, row, list(map(_in_parts, messages)), options)
+        raise
 
 
-def _otherwise(tokenizer: Any, messages: list[Message], options: Mapping[str, Any]) -> Iterator[list[Message]]:
-    texts = [_with_arguments(message, as_text=True) for message in messages]
-    if texts != messages:
-        yield texts
-    probe = {"role": "user", "content": str(MARK)}
-    if not _shows(tokenizer, probe, options) and _shows(tokenizer, _in_parts(probe), options):
-        yield [_in_parts(message) for message in messages]
+def _reads_parts(tokenizer: Any, options: Mapping[str, Any]) -> bool:
+    """Whether the template shows a text that is a part, and does not show it as plain content."""
+    message = {"role": "user", "content": str(MARK)}
+    return not _shows(tokenizer, message, options) and _shows(tokenizer, _in_parts(message), options)
 
 
 def _shows(tokenizer: Any, message: Message, options: Mapping[str, Any]) -> bool:
@@ -114,6 +114,7 @@ def _turn(tokenizer: Any, row: Row, messages: list[Message], options: Mapping[st
     marked = Marked(messages, row.tools, prompt + whole + row.text())
     asked, said = write(marked.messages[:-1], marked.tools, True), write(marked.messages, marked.tools, False)
     _refuse_hidden(row, marked, asked, said)
+    asked, said = asked.replace(marked.name, ""), said.replace(marked.name, "")
     *_, last, end = marked.ends
     before = asked.rpartition(last)[2]  # what stands between the last message and the answer, when it prompts
     rest, _, tail = said.rpartition(last)[2].partition(end)
@@ -125,7 +126,7 @@ def _turn(tokenizer: Any, row: Row, messages: list[Message], options: Mapping[st
     own, preamble = before[same:], rest[same:start]
     if own and preamble.strip():
         raise Unusable(
-            f"the chat template starts an answer with {own!r} when it prompts, and with {preamble!r} in a "
+            f"before an answer the chat template writes {before!r} when it prompts, and {rest[:start]!r} in a "
             "conversation; give another one in model.chat_template, or look at model.chat_template_kwargs"
         )
     reasoning = str((row.answer or {}).get("reasoning_content") or "").strip()
