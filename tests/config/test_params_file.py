@@ -142,3 +142,32 @@ def test_a_recipe_is_found_by_name_or_path_from_where_the_user_is(tmp_path: Path
     assert params_file.resolve(Workspace(ROOT, source=tmp_path), "own.yml")[0].recipe == "own"
     with pytest.raises(TpawError, match=r"recipe 'own\.yml': no such recipe"):
         params_file.resolve(WORKSPACE, "own.yml")
+
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}é{% endfor %}"
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_file_with_a_chat_template_is_read_for_its_text(mark: bytes, tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_bytes(mark + TEMPLATE.encode())
+    params, text = params_file.resolve(Workspace(tmp_path), str(DEMO), ["model.chat_template=own.jinja"])
+    assert params.model.chat_template == TEMPLATE
+    assert "own.jinja" not in text
+    assert params_file.read_template(Workspace(tmp_path), "own.jinja") == TEMPLATE
+    assert params_file.read_template(Workspace(tmp_path), TEMPLATE * 1000) == TEMPLATE * 1000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "contains no Jinja template"),
+        (b"You are a helper.", "contains no Jinja template"),
+        ("{{ é }}".encode("latin-1"), "is not a file of text in UTF-8"),
+        (None, "is not a file of text in UTF-8"),
+    ],
+)
+def test_a_file_that_holds_no_chat_template_is_refused(content: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.jinja"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(TpawError, match=rf"own\.jinja: {message}"):
+        params_file.resolve(Workspace(tmp_path), str(DEMO), ["model.chat_template=own.jinja"])

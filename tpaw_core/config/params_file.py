@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 
 from tpaw_core.config.params import Iteration, Params, Section
 from tpaw_core.errors import TpawError
+from tpaw_core.workspace import files
 from tpaw_core.workspace.paths import Workspace
 
 
@@ -55,6 +56,25 @@ def recipe_path(workspace: Workspace, name: str) -> Path:
     return path
 
 
+def read_template(workspace: Workspace, given: str) -> str:
+    """model.chat_template as text: given as such, or in a file.
+
+    Raises TpawError where that is missing, not text in UTF-8, or contains no template.
+    """
+    if "{" in given:
+        return given
+    path = files.need(
+        workspace.input(given), "model.chat_template must be a Jinja template, or the path of a file that contains one"
+    )
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        raise TpawError(f"{path}: is not a file of text in UTF-8; model.chat_template needs one") from None
+    if "{" not in text:
+        raise TpawError(f"{path}: contains no Jinja template, which model.chat_template needs")
+    return text
+
+
 def resolve(
     workspace: Workspace, recipe: str | None, overrides: Iterable[str] = (), iterations: int | None = None
 ) -> tuple[Params, str]:
@@ -68,8 +88,11 @@ def resolve(
     for override in overrides:
         _override(tree, override)
     model = tree.get("model")
-    if isinstance(model, dict) and (template := _template(workspace, model.get("chat_template"))) is not None:
-        model["chat_template"] = template
+    given = model.get("chat_template") if isinstance(model, dict) else None
+    if (
+        isinstance(given, str) and "{" not in given and workspace.input(given).exists()
+    ):  # DVC tracks values, not what they name
+        model["chat_template"] = read_template(workspace, given)
     known = tree.get("iterations")
     if isinstance(known, dict):
         for number in range(1, max(len(known), iterations or 0) + 1):
@@ -135,12 +158,6 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not isinstance(tree, dict):
         raise TpawError(f"override {override!r}: {last!r} is nested under a plain value, not a section")
     tree[last] = text if _is_text(key, text) else _parse(YAML(typ="safe"), text, f"override {override!r}")
-
-
-def _template(workspace: Workspace, given: Any) -> str | None:
-    """The text of the file that model.chat_template names, if it names one: DVC tracks values, not what they name."""
-    path = workspace.input(given) if isinstance(given, str) and "{" not in given else None
-    return path.read_text(encoding="utf-8") if path and path.is_file() else None
 
 
 def _is_text(key: str, text: str) -> bool:

@@ -8,13 +8,13 @@ from typing import Any
 
 from tpaw_core.artifacts import checkpoint
 from tpaw_core.artifacts.encoded import write_encoding
+from tpaw_core.config import params_file
 from tpaw_core.data import encoding, endings, prepare
 from tpaw_core.data.encoding import EncodedRows
 from tpaw_core.data.endings import Ending
 from tpaw_core.data.rows import read_rows
 from tpaw_core.errors import TpawError
 from tpaw_core.stages.context import Context
-from tpaw_core.workspace import files
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def base_tokenizer(context: Context) -> tuple[Any, list[int]]:
     settings = checkpoint.load_settings(source, own.revision)
     tokenizer = checkpoint.load_tokenizer(source, own.revision)
     if own.chat_template is not None:
-        tokenizer.chat_template = _template(context, own.chat_template)
+        tokenizer.chat_template = params_file.read_template(context.workspace, own.chat_template)
     shipped = endings.configured(*settings)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(shipped[0] if shipped else 0)
@@ -88,14 +88,3 @@ def rows(context: Context, tokenizer: Any, found: Ending, name: str) -> EncodedR
         name=str(path),
         options=params.model.chat_template_kwargs,
     )
-
-
-def _template(context: Context, given: str) -> str:
-    """model.chat_template as text: given as such, or in a file."""
-    if "{" in given:
-        return given
-    path = files.need(
-        context.workspace.input(given),
-        "model.chat_template must be a Jinja template, or the path of a file that contains one",
-    )
-    return path.read_text(encoding="utf-8")
