@@ -12,7 +12,7 @@ from tests.support.rows import encode_rows, eos_ending
 from tests.support.templates import THINKING, row
 from tests.support.templates import make as make_tokenizer
 from tpaw_core.config.params import Evaluation, Generation
-from tpaw_core.data import encoding
+from tpaw_core.data import encoding, turns
 from tpaw_core.data.rows import Row
 from tpaw_core.engine.generation import in_process, way
 from tpaw_core.errors import TpawError
@@ -51,7 +51,9 @@ def evaluate(
 ) -> harness.Results:
     held = {task: Heldout(rows, encode_rows(rows, tokenizer, max_length=max_length)) for task, rows in given.items()}
     ending, pad = eos_ending(tokenizer), tokenizer.pad_token_id
-    return harness.evaluate(model, tokenizer, held, own, ending=ending, pad_id=pad, max_length=max_length, seed=1)
+    return harness.evaluate(
+        model, tokenizer, held, own, ending=ending, pad_id=pad, max_length=max_length, seed=1, template_options={}
+    )
 
 
 @pytest.fixture
@@ -175,6 +177,17 @@ def test_what_the_template_writes_before_an_answer_is_no_part_of_it(pattern: str
         optimiser.zero_grad()
     own, pad = settings(answer_pattern=pattern, max_new_tokens=40), tokenizer.pad_token_id
     held = {"heldout": Heldout(rows, encoded)}
-    found = harness.evaluate(model.eval(), tokenizer, held, own, ending=ending, pad_id=pad, max_length=128, seed=1)
+    found = harness.evaluate(
+        model.eval(), tokenizer, held, own, ending=ending, pad_id=pad, max_length=128, seed=1, template_options={}
+    )
     assert [sample.completion for sample in found.samples] == ["6", "8"]
     assert found.primary.value == 1
+
+
+def test_the_harness_s_own_tasks_are_prompted_as_training_does(model: Any) -> None:
+    own, chat = make_tokenizer(THINKING), [{"role": "user", "content": "3 carts?"}]
+    for options in ({}, {"enable_thinking": False}):
+        ending = encoding.find_ending(own, [row("6")], options, [])
+        found = harness.other_model(model, own, settings(), 128, ending, options)
+        assert found.apply_chat_template(chat) == turns.render(own, chat, options, add_generation_prompt=True)
+        assert found.think_end_token == (ending.opening or None)

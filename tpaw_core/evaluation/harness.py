@@ -37,13 +37,14 @@ def evaluate(
     pad_id: int,
     max_length: int,
     seed: int,
+    template_options: Mapping[str, Any],
 ) -> Results:
     """Run ``settings.tasks``; greedy decoding on the ``held`` rows, each other task as the harness has it.
 
+    ``template_options``: model.chat_template_kwargs, for the prompts that the harness renders itself.
     Raises TpawError for a task the harness does not know, or a primary metric that the results do not hold.
     """
     from lm_eval import evaluator, simple_evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is not a name
@@ -62,13 +63,7 @@ def evaluate(
         sampled = results["samples"].get(HELDOUT, [])
     if others := [task for task in settings.tasks if task not in OWN]:
         results = simple_evaluate(
-            HFLM(
-                pretrained=model,
-                tokenizer=tokenizer,
-                batch_size=settings.batch_size,
-                max_length=max_length,
-                think_end_token=ending.opening or None,
-            ),
+            other_model(model, tokenizer, settings, max_length, ending, template_options),
             tasks=others,
             task_manager=_known_tasks(),
             limit=settings.limit,
@@ -81,6 +76,27 @@ def evaluate(
         )
         found.update(_plain(results))
     return Results(_primary(found, settings), found, [sample_of(s) for s in sampled])
+
+
+def other_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Evaluation,
+    max_length: int,
+    ending: Ending,
+    template_options: Mapping[str, Any],
+) -> Any:
+    """The harness's own model, which prompts as training does and leaves reasoning out of answers, as our tasks do."""
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=settings.batch_size,
+        max_length=max_length,
+        think_end_token=ending.opening or None,
+        chat_template_args=dict(template_options),
+    )
 
 
 def reasons(settings: Evaluation) -> Iterator[str]:

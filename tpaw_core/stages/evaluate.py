@@ -44,6 +44,7 @@ def evaluate(context: Context, iteration: int) -> None:
             pad_id=encoding.pad_id,
             max_length=params.model.max_length,
             seed=params.seed,
+            template_options=params.model.chat_template_kwargs,
         )
         primary, kept = results.primary, results.samples[:SAMPLES]
         metrics = Metrics(
