@@ -167,6 +167,8 @@ def test_what_a_tool_says_may_be_written_as_json() -> None:
     template = CHATML.replace("m['content']", "(m['content'] | tojson if m['role'] == 'tool' else m['content'])")
     made = row("6", ASKED, {"role": "tool", "content": 'He said "6".\nÉté'})
     assert r"\"6\".\n" in written(template, made).prompt
+    everything = CHATML.replace("m['content']", "(m['content'] | tojson if m['role'] == 'assistant' else m['content'])")
+    assert refused(everything, row('It is "6".')) == "the chat template changes the text of its answer"
 
 
 @pytest.mark.parametrize("completion", ["6", " 6", "6\n", "\n\n6 \n", "<|assistant|>\n6", "assistant\n6", "user\n\n6"])

@@ -162,12 +162,11 @@ def _refuse_hidden(row: Row, marked: Marked, asked: str, said: str) -> None:
     for message, end, where, whose in [*shown, (*answer, said, "answer")]:
         *parts, _ = where.split(end) if end else ("", "")
         text = message["content"].strip()
-        forms = [text, json.dumps(text, ensure_ascii=False)[1:-1]]
-        if message["role"] == "assistant":
-            forms.append(text.rpartition(REASONING_END)[2].strip())
+        assistant = message["role"] == "assistant"
+        form = text.rpartition(REASONING_END)[2].strip() if assistant else json.dumps(text, ensure_ascii=False)[1:-1]
         if not parts:
             raise Unusable(f"the chat template does not show its {whose}")
-        if end and not any(part.endswith(tuple(forms)) for part in parts):
+        if end and not any(part.endswith((text, form)) for part in parts):
             raise Unusable(f"the chat template changes the text of its {whose}")
     if marked.ends[-2] not in said:
         raise Unusable("the chat template leaves the last message of its prompt out once there is an answer")
