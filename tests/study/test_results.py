@@ -69,7 +69,7 @@ def test_a_cell_gives_one_row_per_checkpoint_with_its_figures(plan: Plan, tmp_pa
     train(tmp_path, cell, 1, [{"step": 2, "epoch": 0.5, "tokens": 100}], seconds=1.25)
     workspace = cell.workspace(tmp_path)
     workspace.synthetic(1).parent.mkdir()
-    pq.write_table(pa.table({"chosen": ["a", "b"], "rejected": ["a", "c"]}), workspace.synthetic(1))
+    pq.write_table(pa.table({"equal": [True, False]}), workspace.synthetic(1))
     found = results.collect(plan, tmp_path).grid
     assert found["iteration"].tolist() == [0, 1]
     first, second = found.to_dict("records")
