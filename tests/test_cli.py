@@ -185,7 +185,7 @@ def test_a_damaged_team_file_is_named(tpaw: Tpaw, workspace: Workspace) -> None:
     workspace.team(1).write_text(json.dumps({"iteration": 1, "members": []}))
     done = tpaw("weights", "-t", "1")
     assert (done.returncode, done.stderr) == (
-        1, "error: teams/1.json: is damaged; make it again with `tpaw team --iteration 1`\n"
+        1, "error: teams/1.json: is damaged; recreate it with `tpaw team --iteration 1`\n"
     )  # fmt: skip
 
 

@@ -196,7 +196,7 @@ def test_a_pruned_checkpoint_has_its_manifest_and_says_how_to_make_it_again(fold
     (folder / "manifest.json").rename(workspace.pruned(1))
     shutil.rmtree(folder)
     assert checkpoint.manifest(workspace, 1) == expected
-    with pytest.raises(TpawError, match=rf"{folder}: was pruned; make it again with `dvc repro train@1`"):
+    with pytest.raises(TpawError, match=rf"{folder}: was pruned; recreate it with `dvc repro train@1`"):
         checkpoint.verify(workspace, 1)
 
 

@@ -92,10 +92,10 @@ def test_without_validation_rows_their_file_is_there_and_empty(made: Workspace) 
 def test_rows_of_other_data_are_refused(change: str, made: Workspace) -> None:
     if change == "edited":
         made.train_rows.write_text("other rows")
-        message = rf"{made.encoded('train')}: was made from other rows than data/train\.jsonl; make it again with `tpaw"
+        message = rf"{made.encoded('train')}: was made from other rows than data/train\.jsonl; recreate it with `tpaw"
     else:
         made.train_rows.unlink()
-        message = rf"{made.train_rows}: does not exist; get it back with `dvc checkout data`, or make it again with `tp"
+        message = rf"{made.train_rows}: does not exist; get it back with `dvc checkout data`, or recreate it with `tp"
     with pytest.raises(TpawError, match=message):
         read_encoded(made, "train")
     assert read_encoded(made, "heldout").row_ids
@@ -173,7 +173,7 @@ def test_a_missing_file_is_named(name: str, workspace: Workspace) -> None:
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"end_id": 1}', b'{"end_id": "one", "stop_ids": [], "pad_id": 0}'])
 def test_a_damaged_ending_is_refused(content: bytes, made: Workspace) -> None:
     (made.tokenizer / "ending.json").write_bytes(content)
-    with pytest.raises(TpawError, match=r"ending\.json: is damaged; make it again with `tpaw encode`"):
+    with pytest.raises(TpawError, match=r"ending\.json: is damaged; recreate it with `tpaw encode`"):
         read_encoding(made)
 
 

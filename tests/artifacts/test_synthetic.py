@@ -72,7 +72,7 @@ def test_answers_are_given_in_the_order_asked_for(path: Path) -> None:
 
 
 def test_missing_rows_are_counted_and_named(path: Path) -> None:
-    message = rf"{path}: is missing 2 rows of data/train\.jsonl, starting with 2{{16}}; make it again"
+    message = rf"{path}: is missing 2 rows of data/train\.jsonl, starting with 2{{16}}; recreate it"
     with pytest.raises(TpawError, match=message):
         read_responses(path, [*NAMES, "2" * 16, "3" * 16])
 
@@ -88,7 +88,7 @@ def test_another_file_than_the_teams_is_refused(path: Path) -> None:
 def test_answers_to_other_encoded_rows_are_refused(path: Path) -> None:
     pq.write_table(table([[5, 6, 7], []]).replace_schema_metadata({"encoded": DIGEST}), path)
     assert len(read_responses(path, NAMES, digest=DIGEST)) == 2
-    again = "make it again with `tpaw generate --iteration 1`"
+    again = "recreate it with `tpaw generate --iteration 1`"
     with pytest.raises(TpawError, match=rf"{path}: was made from other rows than encoded/train\.parquet; {again}"):
         read_responses(path, NAMES, digest="e" * 64)
 
@@ -99,7 +99,7 @@ def test_a_file_from_before_rows_were_encoded_once_is_refused(path: Path) -> Non
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TpawError, match=r"1\.parquet: does not exist; make it again"):
+    with pytest.raises(TpawError, match=r"1\.parquet: does not exist; recreate it"):
         read_responses(tmp_path / "1.parquet", NAMES)
     assert equal_share(tmp_path / "1.parquet") is None
 
@@ -119,7 +119,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_ids_that_are_not_lists_of_integers_are_refused(broken: pa.Table, tmp_path: Path) -> None:
     path = tmp_path / "1.parquet"
     pq.write_table(broken, path)
-    with pytest.raises(TpawError, match=rf"{path}: cannot be read \(.*\); make it again, or restore it"):
+    with pytest.raises(TpawError, match=rf"{path}: cannot be read \(.*\); recreate it, or restore it"):
         read_responses(path, NAMES)
 
 

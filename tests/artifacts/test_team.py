@@ -70,7 +70,7 @@ def test_a_missing_team_is_asked_for(workspace: Workspace) -> None:
 )
 def test_a_damaged_team_is_refused(damage: Damage, workspace: Workspace) -> None:
     save(workspace, json.dumps(damage(SOUND)))
-    with pytest.raises(TpawError, match=r"teams/3\.json: is damaged; make it again with `tpaw team --iteration 3`"):
+    with pytest.raises(TpawError, match=r"teams/3\.json: is damaged; recreate it with `tpaw team --iteration 3`"):
         read_team(workspace, 3)
 
 

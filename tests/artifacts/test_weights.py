@@ -60,7 +60,7 @@ def test_a_column_that_is_not_one_finite_number_per_player_is_refused(
     kind: pa.DataType, row: Any, message: str, tmp_path: Path
 ) -> None:
     path = save(tmp_path / "1.parquet", kind, row)
-    with pytest.raises(TpawError, match=rf"{path}: cannot be read .*; make it again") as caught:
+    with pytest.raises(TpawError, match=rf"{path}: cannot be read .*; recreate it") as caught:
         read_weights(path, 2)
     assert message in str(caught.value)
 
@@ -89,7 +89,7 @@ def test_a_missing_column_is_refused(tmp_path: Path) -> None:
 def test_weights_of_other_encoded_rows_are_refused(tmp_path: Path, known: Weights) -> None:
     path = tmp_path / "3.parquet"
     write_weights(path, known, DIGEST, "float32")
-    message = rf"{path}: was made from other rows than encoded/train\.parquet; make it again with `tpaw weights"
+    message = rf"{path}: was made from other rows than encoded/train\.parquet; recreate it with `tpaw weights"
     with pytest.raises(TpawError, match=f"{message} --iteration 3`"):
         read_weights(path, 2, "e" * 64)
     assert read_weights(path, 2).prompt_ids == known.prompt_ids  # whichever rows they are

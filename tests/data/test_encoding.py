@@ -111,7 +111,7 @@ def test_a_preamble_that_only_the_prompt_has_stays_there(answer: str) -> None:
         (
             ALTERNATING,
             row("6", {"role": "system", "content": "Be short."}),
-            r"the chat template refuses it \(no system",
+            r"the chat template rejects it \(no system",
         ),
         (
             "{% for m in messages %}{% if m['role'] != 'developer' %}{{ m['content'] }}{% endif %}{% endfor %}",
@@ -133,7 +133,7 @@ def test_a_preamble_that_only_the_prompt_has_stays_there(answer: str) -> None:
     ],
 )
 def test_what_a_template_cannot_show_is_refused_by_row(template: str, made: Row, reason: str) -> None:
-    with pytest.raises(TpawError, match=rf"rows: 1 of 1 rows cannot be used; first: row 1: .*{reason}"):
+    with pytest.raises(TpawError, match=rf"rows: 1 of 1 rows cannot be used; the first reason: row 1: .*{reason}"):
         encode(make(template), [made])
 
 
@@ -215,7 +215,7 @@ def test_prompts_without_room_for_an_answer_are_counted_or_refused(
     assert kept.row_ids == [row.prompt_id for row, length in zip(rows, lengths, strict=True) if length < limit]
     number = lengths.index(limit) + 1
     reason = f"row {number}: its prompt has {limit} tokens, model.max_length is {limit}"
-    assert f"rows: {too_long} of {len(rows)} rows cannot be used; first: {reason}" in caplog.text
+    assert f"rows: {too_long} of {len(rows)} rows cannot be used; the first reason: {reason}" in caplog.text
     with pytest.raises(TpawError, match=reason):
         encode(tokenizer, rows, limit)
 
@@ -231,9 +231,9 @@ def test_text_that_would_end_its_own_turn_is_left_out_and_named(
     _, kept = encode(tokenizer, [rows[0], hostile, rows[1]], 128, 0.5)
     assert kept.row_ids == [rows[0].prompt_id, rows[1].prompt_id]
     assert kept.places == [0, 2]
-    reason = f"row 2: its text holds the special token {tokenizer.eos_token!r}"
-    assert f"rows: 1 of 3 rows cannot be used; first: {reason}" in caplog.text
-    with pytest.raises(TpawError, match="row 2: its text holds the special token"):
+    reason = f"row 2: its text contains the special token {tokenizer.eos_token!r}"
+    assert f"rows: 1 of 3 rows cannot be used; the first reason: {reason}" in caplog.text
+    with pytest.raises(TpawError, match="row 2: its text contains the special token"):
         encode(tokenizer, [rows[0], hostile, rows[1]], 128)
 
 
@@ -285,7 +285,7 @@ def test_a_target_in_which_an_answer_would_stop_early_is_refused_by_row() -> Non
     tokenizer = make(CHATML)
     word = tokenizer("3 times 2 is 6.", add_special_tokens=False)["input_ids"][2]
     ending = encoding.find_ending(tokenizer, [row()], {}, [word])
-    with pytest.raises(TpawError, match=r"^rows: 1 of 1 .*row 1: its target holds the stop token .* before its end"):
+    with pytest.raises(TpawError, match=r"^rows: 1 of 1 .*row 1: its target contains the stop token .* before its end"):
         encoding.encode([row()], tokenizer, ending, max_length=400, max_skipped=0.0, name="rows", options={})
 
 
@@ -343,7 +343,7 @@ def test_a_special_token_in_a_tool_call_or_a_tool_is_refused() -> None:
         row("6", *said, {"role": "tool", "content": "6"}),
         row("6", tools=[{"function": {"name": "count", "description": "<|im_start|>"}}]),
     ):
-        with pytest.raises(TpawError, match=r"row 1: its text holds the special token '<\|im_"):
+        with pytest.raises(TpawError, match=r"row 1: its text contains the special token '<\|im_"):
             encode(make(TOOLS), [made])
 
 

@@ -160,7 +160,7 @@ def test_a_folder_of_shards_is_read_whole(workspace: Workspace, read: Callable[.
 
     (folder / "b.json").write_text(json.dumps([*ROWS[3:5], {"prompt": "x"}]))
     with pytest.raises(
-        TpawError, match=r"rows: 1 of 12 rows cannot be used; first: b\.json, row 3: has no 'completion'"
+        TpawError, match=r"rows: 1 of 12 rows cannot be used; the first reason: b\.json, row 3: has no 'completion'"
     ):
         read("rows")
     (folder / "z.jsonl.bz2").write_bytes(bz2.compress(b"{}"))
@@ -255,7 +255,7 @@ def test_data_sets_of_save_to_disk_are_read(workspace: Workspace, read: Callable
         read("one", heldout_path=None)
     for path in (workspace.root / "one").glob("*.arrow"):
         path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(TpawError, match=r"one: cannot be read as a data set of `save_to_disk`"):
+    with pytest.raises(TpawError, match=r"one: is not a readable `save_to_disk` dataset"):
         read("one")
 
 
@@ -310,7 +310,7 @@ BROKEN: list[tuple[str, bytes, str]] = [
     ("r.xlsx", b"PK\x03\x04\x00\x00", "is in none of the formats that are read"),
     ("r.csv", b"prompt,completion\nWhat is 1,000 + 1?,5\n", "line 2 has 3 fields, the header has 2; put text"),
     ("r.csv", b"prompt,completion\nWhat?\n", r"row 1: has no 'completion'"),
-    ("r.csv", b"prompt,prompt\na,b\n", "has two columns of the name 'prompt'"),
+    ("r.csv", b"prompt,prompt\na,b\n", "has two columns named 'prompt'"),
     ("r.csv", b'prompt,completion\n"a,b\nc,d\n', "is not CSV"),
     ("r.csv", b'prompt,completion\n"say \\"hi\\", now",x\n', r'line 2 is not CSV .*; a quote .* is written twice, ""'),
     ("r.csv", "prompt,completion\nGröße,1\n".encode("cp1252"), "is not UTF-8 text .*; save it as UTF-8"),
@@ -371,6 +371,6 @@ def test_what_was_put_into_data_by_hand_is_not_advised_away(workspace: Workspace
     workspace.data.mkdir()
     workspace.train_rows.write_text(jsonl(ROWS))
     with pytest.raises(
-        TpawError, match=r"origin\.json: does not exist; move data/ away if rows in it are nowhere else"
+        TpawError, match=r"origin\.json: does not exist; move data/ away if it contains the only copy of your rows"
     ):
         prepare.verify(workspace, must_exist=True)

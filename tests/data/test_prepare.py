@@ -101,7 +101,7 @@ TOO_MANY = "cannot be used; first: row 1: "
             r"heldout\.jsonl: 1 held-out prompts are also in train; the first is 'What is 7 \+ 7\?'",
         ),
         ({"heldout": PAIRS[7:8], "drop_overlap": True}, "every held-out prompt is also in train"),
-        ({"heldout_path": None}, "data.heldout_path: name the file with the held-out rows"),
+        ({"heldout_path": None}, "data.heldout_path: set it to the file with the held-out rows"),
     ],
 )
 def test_bad_input_is_refused_by_name_and_leaves_data_as_it_was(
@@ -117,7 +117,7 @@ def test_bad_input_is_refused_by_name_and_leaves_data_as_it_was(
 def test_few_unusable_rows_are_counted_and_reported_and_many_stop(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     rows = [*PAIRS[:8], {"prompt": "no target"}, {"prompt": "none here", "completion": ""}]
     assert make(rows, max_skipped=0.2) == {"train": 8, "heldout": 2}
-    assert "train.jsonl: 2 of 10 rows cannot be used; first: row 9: has no 'completion'" in caplog.text
+    assert "train.jsonl: 2 of 10 rows cannot be used; the first reason: row 9: has no 'completion'" in caplog.text
     with pytest.raises(TpawError, match=r"2 of 10 rows cannot be used.* raise data\.max_skipped \(now 0\.19\)"):
         make(rows, max_skipped=0.19)
 

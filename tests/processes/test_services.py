@@ -66,7 +66,9 @@ def test_down_and_status_where_nothing_runs(project: Workspace, capsys: pytest.C
 def test_a_damaged_record_is_named(project: Workspace) -> None:
     project.state.mkdir()
     records(project).write_text("{")
-    with pytest.raises(TpawError, match=r"services\.json: is damaged; stop the services by hand and delete it"):
+    with pytest.raises(
+        TpawError, match=r"services\.json: is damaged; stop the services manually, then delete this file"
+    ):
         services.status(project)
 
 

@@ -70,7 +70,7 @@ def test_the_table_has_one_row_per_checkpoint_in_order_and_dashes_where_nothing_
         measured(iteration, 0.5 + iteration / 100, REWARDS if iteration else {})
     head, rule, *rows = table.table(workspace).splitlines()
     assert cells(head) == [
-        "checkpoint", "benchmark", "score", "stderr", "n", "target reward", "generated reward", "alpha = eta"
+        "checkpoint", "benchmark", "score", "stderr", "n", "target reward", "generated reward", "target weight active"
     ]  # fmt: skip
     assert [cells(row) for row in rows] == [
         ["0", "heldout exact_match", "0.5000", "0.0123", "1000", "-", "-", "-"],

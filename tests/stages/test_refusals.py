@@ -175,7 +175,7 @@ def test_a_damaged_checkpoint_is_named(
     refused(rf"checkpoints/0/{message}", workspace, stage, iteration)
 
 
-OTHER_ROWS = r"was made from other rows than data/{}\.jsonl; make it again with `tpaw encode`"
+OTHER_ROWS = r"was made from other rows than data/{}\.jsonl; recreate it with `tpaw encode`"
 
 
 @pytest.mark.parametrize("how", ["edited", "gone"])
@@ -185,7 +185,7 @@ def test_rows_that_are_not_those_that_were_encoded_are_refused(
 ) -> None:
     if how == "gone":
         shutil.rmtree(workspace.data)
-        message = r"data/train\.jsonl: does not exist; .* or make it again with `tpaw data`"
+        message = r"data/train\.jsonl: does not exist; .* or recreate it with `tpaw data`"
     else:
         workspace.train_rows.write_text(workspace.train_rows.read_text().replace("####", "###", 1))
         message = r"encoded/train\.parquet: " + OTHER_ROWS.format("train")
@@ -203,7 +203,7 @@ def test_a_pruned_checkpoint_is_named_with_the_way_to_get_it_back(workspace: Wor
     workspace.pruned(1).parent.mkdir()
     (workspace.checkpoint(1) / "manifest.json").rename(workspace.pruned(1))
     shutil.rmtree(workspace.checkpoint(1))
-    refused(r"checkpoints/1: was pruned; make it again with `dvc repro train@1`", workspace, evaluate, 1)
+    refused(r"checkpoints/1: was pruned; recreate it with `dvc repro train@1`", workspace, evaluate, 1)
 
 
 # team -----------------------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ TEAMS: dict[str, Any] = {
 @pytest.mark.parametrize("stage", [weights, train])
 def test_a_damaged_team_is_named(stage: Callable[..., None], what: str, workspace: Workspace) -> None:
     edit(workspace.team(2), **TEAMS[what])
-    refused(r"teams/2\.json: is damaged; make it again with `tpaw team --iteration 2`", workspace, stage, 2)
+    refused(r"teams/2\.json: is damaged; recreate it with `tpaw team --iteration 2`", workspace, stage, 2)
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "synthetic"])
@@ -273,7 +273,7 @@ def test_weights_refuse_answers_of_other_rows(workspace: Workspace) -> None:
     context = Context(workspace, resolved("data.max_train_rows=9"))
     data(context)
     encode(context)
-    again = "make it again with `tpaw generate --iteration 1`"
+    again = "recreate it with `tpaw generate --iteration 1`"
     message = rf"synthetic/1\.parquet: was made from other rows than encoded/train\.parquet; {again}"
     refused(message, workspace, weights, 1)
 
@@ -324,7 +324,7 @@ def test_train_refuses_weights_that_belong_to_others(other: str, workspace: Work
 
 def test_train_refuses_weights_of_other_encoded_rows(workspace: Workspace) -> None:
     write_weights(workspace.weights(2), read_weights(workspace.weights(2), 2), "0" * 64, "float32")
-    again = "make it again with `tpaw weights --iteration 2`"
+    again = "recreate it with `tpaw weights --iteration 2`"
     message = rf"weights/2\.parquet: was made from other rows than encoded/train\.parquet; {again}"
     refused(message, workspace, train, 2)
 

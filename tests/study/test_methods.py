@@ -29,5 +29,5 @@ def test_a_method_of_ones_own_is_written_with_its_overrides() -> None:
 
 
 def test_an_unknown_method_is_refused_and_the_known_ones_are_named() -> None:
-    with pytest.raises(TpawError, match=r"method 'spim': unknown; there are tpaw, spin, sft"):
+    with pytest.raises(TpawError, match=r"method 'spim': unknown; available: tpaw, spin, sft"):
         methods.find(["spim"])

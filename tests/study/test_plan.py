@@ -59,7 +59,7 @@ def test_a_damaged_plan_is_named_with_the_remedy(
     text = begun.model_dump_json()
     broken = text[:-10] if change is None else json.dumps({**json.loads(text), **change})
     (tmp_path / plan.PLAN_FILE).write_text(broken)
-    with pytest.raises(TpawError, match=rf"{message}.*; delete it, and `tpaw compare` makes it again"):
+    with pytest.raises(TpawError, match=rf"{message}.*; delete it, and `tpaw compare` recreates it"):
         make(project, None, folder=tmp_path)
 
 

@@ -45,7 +45,7 @@ def test_it_reports_in_which_part_the_code_differs_from_todays(workspace: Worksp
     change(workspace, 0, code={**code.digests(), "engine": "0" * 64, "encoding": "1" * 64})
     later, earlier = lineage.text(workspace, 1).split("checkpoint 0 ")
     assert "differs" not in later
-    assert "    differs from today's code in: engine, encoding" in earlier.splitlines()
+    assert "    differs from the installed code in: engine, encoding" in earlier.splitlines()
     assert "engine 000000000000" in earlier
 
 

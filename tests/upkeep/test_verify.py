@@ -136,15 +136,15 @@ def test_a_healthy_workspace_has_nothing_that_disagrees(longer_project: Project)
     [
         (
             lambda path: path.read_bytes()[:-9],
-            r"cannot be read \(.*\); make it again, or restore it with `dvc checkout`",
+            r"cannot be read \(.*\); recreate it, or restore it with `dvc checkout`",
         ),
         (
             lambda path: rewritten(path, "prompt_id", lambda prompt_id: prompt_id[::-1]),
-            r"its rows are not those of .*/data/train\.jsonl; make it again with `tpaw encode`",
+            r"its rows are not those of .*/data/train\.jsonl; recreate it with `tpaw encode`",
         ),
         (
             lambda path: path.with_name("heldout.parquet").read_bytes(),
-            r"was made from other rows than data/train\.jsonl; make it again with `tpaw encode`",
+            r"was made from other rows than data/train\.jsonl; recreate it with `tpaw encode`",
         ),
     ],
 )

@@ -60,7 +60,7 @@ def test_what_has_a_default_may_be_missing(tmp_path: Path) -> None:
 def test_a_file_that_does_not_match_its_schema_is_damaged(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content)
-    with pytest.raises(TpawError, match=rf"{path}: is damaged; make it again, or restore it with `dvc checkout`"):
+    with pytest.raises(TpawError, match=rf"{path}: is damaged; recreate it, or restore it with `dvc checkout`"):
         records.read(path, Whole)
     with pytest.raises(TpawError, match=rf"{path}: is damaged; do this"):
         records.read(path, Whole, "do this")
@@ -94,5 +94,5 @@ def test_lines_are_objects(content: str | None, expected: list[dict[str, Any]], 
 def test_a_line_that_is_not_an_object_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"a": 1}}\n{line}\n')
-    with pytest.raises(TpawError, match=rf"{path}, line 2: is damaged; make it again"):
+    with pytest.raises(TpawError, match=rf"{path}, line 2: is damaged; recreate it"):
         records.lines(path)

@@ -121,7 +121,7 @@ def manifest(workspace: Workspace, iteration: int) -> Manifest:
 
 def _read(path: Path, folder: Path) -> Manifest:
     files.need(path, f"make checkpoint {folder.name} first, or restore it with `dvc checkout`")
-    remedy = f"restore it with `dvc checkout {folder}` or make it again"
+    remedy = f"restore it with `dvc checkout {folder}` or recreate it"
     found = records.read(path, Manifest, remedy)
     if files.digest(found.files) != found.digest:
         raise TpawError(f"{path}: is damaged; {remedy}")
@@ -135,7 +135,7 @@ def verify(workspace: Workspace, iteration: int) -> Manifest:
     """
     found, folder = manifest(workspace, iteration), workspace.checkpoint(iteration)
     if not folder.exists():
-        raise TpawError(f"{folder}: was pruned; make it again with `dvc repro train@{iteration}`")
+        raise TpawError(f"{folder}: was pruned; recreate it with `dvc repro train@{iteration}`")
     remedy = f"move {folder} away, then restore it with `dvc checkout {folder}` or make the checkpoint again"
     for path in folder.iterdir():
         if path.suffix in pretrained.PICKLE:

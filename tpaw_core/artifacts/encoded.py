@@ -17,8 +17,8 @@ from tpaw_core.workspace.records import Record
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAKE, AGAIN = "make it with `tpaw encode`", "make it again with `tpaw encode`"
-ROWS_AGAIN = "get it back with `dvc checkout data`, or make it again with `tpaw data`"
+MAKE, AGAIN = "make it with `tpaw encode`", "recreate it with `tpaw encode`"
+ROWS_AGAIN = "get it back with `dvc checkout data`, or recreate it with `tpaw data`"
 ROWS = b"rows"  # metadata: the digest of the rows' file
 
 

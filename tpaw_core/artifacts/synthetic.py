@@ -96,7 +96,7 @@ def read_responses(path: Path, row_ids: list[str], sha256: str | None = None, di
     missing = [name for name in row_ids if name not in place]
     if missing:
         raise TpawError(
-            f"{path}: is missing {len(missing)} rows of data/train.jsonl, starting with {missing[0]}; make it again"
+            f"{path}: is missing {len(missing)} rows of data/train.jsonl, starting with {missing[0]}; recreate it"
         )
     return TokenRows(found[place[name]] for name in row_ids)
 

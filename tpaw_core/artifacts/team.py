@@ -36,14 +36,14 @@ def read_team(workspace: Workspace, iteration: int) -> Team:
     """Raises TpawError where the file is missing, damaged or names other paths than the workspace has."""
     again = f"`tpaw team --iteration {iteration}`"
     path = files.need(workspace.team(iteration), f"make it with {again}")
-    found = records.read(path, Team, f"make it again with {again}")
+    found = records.read(path, Team, f"recreate it with {again}")
     sound = 1 <= found.players <= len(found.members) and all(
         member.checkpoint == workspace.name(workspace.checkpoint(member.iteration))
         and member.synthetic == workspace.name(workspace.synthetic(member.iteration + 1))
         for member in found.members
     )
     if not sound:
-        raise TpawError(f"{path}: is damaged; make it again with {again}")
+        raise TpawError(f"{path}: is damaged; recreate it with {again}")
     return found
 
 

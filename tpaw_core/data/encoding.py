@@ -56,12 +56,12 @@ def find_ending(tokenizer: Any, rows: Iterable[Row], options: Mapping[str, Any],
         names = [str(tokenizer.convert_ids_to_tokens(end)) if end is not None else "none" for end in ends]
         raise TpawError(
             f"{tokenizer.name_or_path}: its chat template ends answers with different tokens "
-            f"({', '.join(sorted(names))}); set another one in model.chat_template"
+            f"({', '.join(sorted(names))}); set a different template in model.chat_template"
         )
     if len(openings := openings - {""}) > 1:
         raise TpawError(
             f"{tokenizer.name_or_path}: its chat template ends what it writes before answers in different words "
-            f"({', '.join(sorted(openings))}), so where an answer begins is unknown; set another one in "
+            f"({', '.join(sorted(openings))}), so where an answer begins is unknown; set a different template in "
             "model.chat_template"
         )
     end = ends.pop() if ends else None
@@ -119,12 +119,12 @@ def encode(
             target = ending.close(ids)
             if len(prompt) >= max_length:
                 reasons.append(
-                    f"row {place + 1}: its prompt has {len(prompt)} tokens, model.max_length is {max_length}"
+                    f"row {place + 1}: its prompt has {len(prompt)} tokens, but model.max_length is {max_length}"
                 )
                 continue
             if (early := ending.early(target)) is not None:
                 stop = tokenizer.convert_ids_to_tokens(early)
-                reasons.append(f"row {place + 1}: its target holds the stop token {stop!r} before its end")
+                reasons.append(f"row {place + 1}: its target contains the stop token {stop!r} before its end")
                 continue
             encoded.row_ids.append(row.prompt_id)
             encoded.places.append(place)
@@ -143,11 +143,11 @@ def _texts(
     contents = [message["content"] for message in row.conversation]
     others = json.dumps([row.tools, row.conversation], ensure_ascii=False)  # tools, calls of them, reasoning
     if found := special.search("\n".join([*contents, others])):
-        raise Unusable(f"its text holds the special token {found[0]!r}")
+        raise Unusable(f"its text contains the special token {found[0]!r}")
     own = turn(tokenizer, row, options)
     if not ending.in_template:
         if own.preamble.strip():  # its end could then be mistaken
-            raise Unusable(f"the chat template writes {own.preamble!r} before an answer, and no special token after it")
+            raise Unusable(f"the chat template writes {own.preamble!r} before an answer, but no special token after it")
         if (row.answer or {}).get("tool_calls"):
             raise Unusable("its answer calls a tool, and the chat template writes no special token after the call")
         return own.prompt, own.preamble + own.answer

@@ -37,7 +37,7 @@ def has_format(path: Path) -> bool:
 def read_file(path: Path) -> Iterator[Any]:
     """The rows of a file; its name and first bytes decide the format. Raises TpawError naming the file and the line."""
     if files.need(path, "fix data.path or data.heldout_path, or put the file there").stat().st_size == 0:
-        raise TpawError(f"{path}: is empty; it needs one row per line")
+        raise TpawError(f"{path}: is empty")
     with path.open("rb") as file:
         magic = file.read(4)
     suffix = _suffix(path)
@@ -49,7 +49,7 @@ def read_file(path: Path) -> Iterator[Any]:
         return read_json_lines(path)
     start = _first_character(path)
     if suffix != ".json" and start not in ("{", "["):
-        raise TpawError(f"{path}: is in none of the formats that are read: {FORMATS}")
+        raise TpawError(f"{path}: is in an unsupported format; supported: {FORMATS}")
     if start == "[":
         return _read_json_array(path)
     rows = _enclosed(path)
@@ -67,7 +67,7 @@ def read_json_lines(path: Path) -> Iterator[Any]:
         except json.JSONDecodeError as error:
             what = f"line {number} is not JSON ({error.msg})"
             raise TpawError(
-                f"{path}: {what}; each line must be one JSON object, and a file that is one array is named .json"
+                f"{path}: {what}; each line must be one JSON object; if the file is a single JSON array, name it .json"
             ) from None
         except (RecursionError, ValueError) as error:  # a number of thousands of digits, brackets thousands deep
             if isinstance(error, UnicodeDecodeError):
@@ -99,7 +99,7 @@ def _text(path: Path) -> Iterator[TextIO]:
             what = f"is not UTF-8 text ({error.reason} at byte {error.start})"
             raise TpawError(f"{path}: {what}; save it as UTF-8") from None
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise TpawError(f"{path}: is damaged ({error}); get it again") from None
+            raise TpawError(f"{path}: is damaged ({error}); download or copy it again") from None
 
 
 def _first_character(path: Path) -> str:
@@ -125,7 +125,7 @@ def _read_json_array(path: Path) -> Iterator[Any]:
         if (end := _skip(text, place + 1)) != len(text):
             raise json.JSONDecodeError("text behind the array", text, end)
     except json.JSONDecodeError as error:
-        raise TpawError(f"{path}: line {error.lineno} is not JSON ({error.msg}) in an array of rows") from None
+        raise TpawError(f"{path}: line {error.lineno} is not valid JSON ({error.msg})") from None
     except (RecursionError, ValueError) as error:
         line = text.count("\n", 0, place) + 1
         raise TpawError(f"{path}: line {line} cannot be read ({str(error).split(';')[0]})") from None
@@ -161,11 +161,11 @@ def _read_csv(path: Path, suffix: str) -> Iterator[Any]:
             header = [name.strip() for name in next(reader, [])]
             # A column without a name is the index of a table; there may be several.
             if repeated := [name for name in header if name and header.count(name) > 1]:
-                raise TpawError(f"{path}: has two columns of the name {repeated[0]!r}; rename one")
+                raise TpawError(f"{path}: has two columns named {repeated[0]!r}; rename one")
             for fields in reader:
                 if len(fields) > len(header):
                     what = f"line {reader.line_num} has {len(fields)} fields, the header has {len(header)}"
-                    raise TpawError(f"{path}: {what}; put text that holds the separator in double quotes")
+                    raise TpawError(f"{path}: {what}; quote fields that contain the separator")
                 if fields:
                     yield {name: field for name, field in zip(header, fields, strict=False) if name}
         except csv.Error as error:

@@ -36,9 +36,9 @@ def read_conversation(item: dict[Any, Any], data: Data) -> list[Message]:
     """The conversation of a row, which ends with the assistant's turn. Raises Unusable."""
     for column in NOT_READ:
         if item.get(column):
-            raise Unusable(f"has {column!r}, which is not read; take the column out where it has no meaning here")
+            raise Unusable(f"has {column!r}, which is not supported; remove this column if you do not need it")
     if item.get("label") is False:
-        raise Unusable("its 'label' is false: its completion is one to avoid, not a target")
+        raise Unusable("its 'label' is false: its completion is marked as undesirable")
     prompt, target = data.prompt_column, data.completion_column
     chosen_by_name = (prompt, target) != ("prompt", "completion") and (prompt in item or target in item)
     if isinstance(item.get("messages"), list) and not chosen_by_name:
@@ -54,7 +54,7 @@ def read_conversation(item: dict[Any, Any], data: Data) -> list[Message]:
     else:
         raise Unusable(_not_found(item, prompt, target))
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise Unusable(f"{column!r} must hold a prompt and end with the assistant's target")
+        raise Unusable(f"{column!r} must contain a prompt and end with an assistant message")
     messages = _with_system(item, messages)
     read = {target: {target, prompt}, "chosen": {"chosen", "prompt"}}.get(column, {column})
     _refuse_left_out(item, messages[:-1], read)
@@ -96,7 +96,7 @@ def read_tools(item: dict[Any, Any]) -> list[Any] | None:
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError):
-            raise Unusable("its 'tools' is text that is not JSON") from None
+            raise Unusable("its 'tools' is not valid JSON") from None
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -115,8 +115,8 @@ def _pair(item: dict[Any, Any], prompt: str, target: str) -> list[Message]:
         return [*before, _turn("assistant", answer)]
     if not isinstance(answer, list):
         raise Unusable(
-            f"its target in {target!r} is {kind(answer)}, not text: quote it in the file; of a hub data set whose "
-            "reader has guessed the type, name the downloaded file in data.path"
+            f"its target in {target!r} is {kind(answer)}, not text; put it in quotes. If a hub dataset guessed the "
+            "type, download the file and set data.path to it"
         )
     given = read_messages(answer, repr(target))
     if not given or given[0]["role"] == "assistant":
@@ -126,7 +126,7 @@ def _pair(item: dict[Any, Any], prompt: str, target: str) -> list[Message]:
     else:
         same = given[: len(before)] == before
     if not same:
-        raise Unusable(f"its {target!r} begins with another prompt than {prompt!r}")
+        raise Unusable(f"its {target!r} starts with a different prompt from {prompt!r}")
     return given
 
 
@@ -134,7 +134,7 @@ def _preferred(item: dict[Any, Any]) -> list[Message]:
     if item.get("prompt") is not None:
         return _pair(item, "prompt", "chosen")
     if isinstance(item["chosen"], str):
-        raise Unusable("its 'chosen' is text and it has no 'prompt', so where the answer begins is unknown")
+        raise Unusable("its 'chosen' is plain text and there is no 'prompt', so the start of the answer is unknown")
     return read_messages(item["chosen"], "'chosen'")
 
 
@@ -145,7 +145,7 @@ def _turns_of_alpaca(item: dict[Any, Any], instruction: str) -> list[Message]:
     turns = []
     for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise Unusable("its 'history' is not a list of pairs of question and answer")
+            raise Unusable("its 'history' is not a list of [question, answer] pairs")
         turns += [_turn("user", pair[0]), _turn("assistant", pair[1])]
     return [*turns, _turn("user", f"{instruction}\n\n{more}" if more.strip() else instruction)]
 
@@ -159,7 +159,7 @@ def _with_system(item: dict[Any, Any], messages: list[Message]) -> list[Message]
     if messages[0]["role"] != "system":
         return [_turn("system", said), *messages]
     if messages[0]["content"] != said:
-        raise Unusable("its 'system' says something else than the system's turn in its messages")
+        raise Unusable("its 'system' differs from the system message in its messages")
     return messages
 
 

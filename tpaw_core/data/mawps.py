@@ -16,7 +16,7 @@ def as_prompt_and_equation(item: dict[str, str]) -> dict[str, str]:
     except (KeyError, AttributeError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise Unusable(f"is not a MAWPS row ({type(error).__name__}: {error})") from None
     if not math.isclose(value, answer, rel_tol=1e-2, abs_tol=1e-2):
-        raise Unusable(f"its equation {equation!r} gives {value:g}, its answer is {answer:g}")
+        raise Unusable(f"its equation {equation!r} evaluates to {value:g}, but its answer is {answer:g}")
     return {"prompt": question, "completion": f"#### {equation}"}
 
 

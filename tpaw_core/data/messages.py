@@ -31,7 +31,7 @@ def read_messages(given: Any, what: str) -> list[Message]:
         raise Unusable(f"{neither}, but {kind(given)}")
     for number, message in enumerate(given, start=1):
         if not isinstance(message, dict):
-            raise Unusable(f"{neither}: number {number} is {kind(message)}")
+            raise Unusable(f"{neither}: item {number} is {kind(message)}")
     return [_message(message, f"message {number} of its {what}") for number, message in enumerate(given, start=1)]
 
 
@@ -39,11 +39,11 @@ def kind(value: Any) -> str:
     """What a value is, in words, for the reasons that rows are refused for."""
     match value:
         case None:
-            return "nothing"
+            return "empty"
         case str():
             return "text"
         case bool() | int() | float():
-            return f"{value!r} without quotes"
+            return f"the value {value!r}"
         case dict():
             return "an object"
         case list():
@@ -58,7 +58,7 @@ def _message(given: dict[str, Any], place: str) -> Message:
     if "from" in kept and "role" not in kept:
         speaker, content = kept.pop("from"), kept.pop("value", None)
         if not isinstance(speaker, str) or speaker not in SHAREGPT:
-            raise Unusable(f"{place} is from {speaker!r}; known are {', '.join(SHAREGPT)}")
+            raise Unusable(f"{place} is from {speaker!r}; allowed: {', '.join(SHAREGPT)}")
         role: Any = SHAREGPT[speaker]
     else:
         role, content = kept.pop("role", None), kept.pop("content", None)
@@ -81,6 +81,8 @@ def _text(content: Any, place: str) -> str:
         if not isinstance(part, dict):
             raise Unusable(f"the content of {place} holds {kind(part)}; its parts must be text")
         if part.get("type") not in TEXT_PARTS or not isinstance(part.get("text"), str):
-            raise Unusable(f"the content of {place} holds a part of type {part.get('type')!r}; only text is read")
+            raise Unusable(
+                f"the content of {place} contains a part of type {part.get('type')!r}; only text is supported"
+            )
         texts.append(part["text"])
     return "".join(texts)

@@ -21,7 +21,7 @@ from tpaw_core.workspace.paths import Workspace
 from tpaw_core.workspace.records import Record
 
 # `tpaw data` replaces what is in data/: what was put there by hand, no cache may hold.
-AGAIN = "move data/ away if rows in it are nowhere else, then run `tpaw data`"
+AGAIN = "move data/ away if it contains the only copy of your rows, then run `tpaw data`"
 logger = logging.getLogger(__name__)
 
 
@@ -55,7 +55,7 @@ def prepare(workspace: Workspace, data: Data, seed: int) -> dict[str, int]:
         train, heldout = (Source(data.path, part) for part in (numbered[:train_count], numbered[train_count:]))
     elif local:
         if len(local) == 1 and not sources.has_splits(local[0]):
-            raise TpawError("data.heldout_path: name the file with the held-out rows")
+            raise TpawError("data.heldout_path: set it to the file with the held-out rows")
         train, heldout = sources.read(local[0], data.train_split), sources.read(local[-1], data.heldout_split)
     else:
         train, heldout = (sources.read_hub(data, split) for split in (data.train_split, data.heldout_split))
@@ -71,7 +71,7 @@ def prepare(workspace: Workspace, data: Data, seed: int) -> dict[str, int]:
             counts["validation"] = _write(aside["validation"], islice(held, data.validation_rows))
         counts["heldout"] = _write(aside["heldout"], held)
         if not counts["heldout"]:
-            raise TpawError(f"data.validation_rows: {data.validation_rows} leaves none of the held-out rows; lower it")
+            raise TpawError(f"data.validation_rows: {data.validation_rows} leaves no held-out rows; lower it")
     if data.validation_rows is None:
         workspace.validation_rows.unlink(missing_ok=True)
     sums = {path.name: files.sha256(path) for path in paths.values()}
@@ -105,7 +105,7 @@ def _refuse_inside(folder: Path, source: Path) -> None:
     made, given = folder.resolve(), source.resolve()
     linked = [path for path in sources.files_of(given) if path.resolve().is_relative_to(made)]
     if linked or given.is_relative_to(made) or (given.is_dir() and made.is_relative_to(given)):
-        what = f"lies in {folder}/" if given.is_relative_to(made) else f"holds files of {folder}/"
+        what = f"is inside {folder}/" if given.is_relative_to(made) else f"contains files from {folder}/"
         raise TpawError(
             f"{source}: {what}, which `tpaw data` writes; move your rows to another folder and name them "
             "in data.path and data.heldout_path. Nothing was changed"
@@ -141,7 +141,9 @@ def verify(workspace: Workspace, *, must_exist: bool = False) -> None:
     for name, sha in records.read(files.need(origin, AGAIN), Origin, AGAIN).files.items():
         path = files.need(workspace.data / Path(name).name, AGAIN)
         if files.sha256(path) != sha:
-            raise TpawError(f"{path}: has changed since `tpaw data` made it; {AGAIN}, and do not edit it by hand")
+            raise TpawError(
+                f"{path}: has changed since `tpaw data` made it; {AGAIN}. Do not edit files in data/ by hand"
+            )
 
 
 def _noted(rows: Iterable[Row], prompts: set[bytes]) -> Iterator[Row]:
@@ -195,4 +197,4 @@ def _usable(source: Source, data: Data, limit: int | None) -> Iterator[Row]:
         logger.info("%s: %d of %d rows repeat an earlier row and are left out", name, repeated, total)
     refuse_if_too_many(name, reasons, total, data.max_skipped)
     if not seen:
-        raise TpawError(f"{name}: holds no rows; give a file with one row per line")
+        raise TpawError(f"{name}: contains no rows")

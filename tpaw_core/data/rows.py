@@ -59,10 +59,13 @@ def read_rows(path: Path) -> Iterator[Row]:
     number = 0
     for number, row in enumerate(read_json_lines(path), start=1):
         if not isinstance(row, dict) or not all(name in row for name in REQUIRED):
-            raise TpawError(f"{path}: row {number} lacks {', '.join(REQUIRED)}; name your rows in data.path instead")
+            raise TpawError(
+                f"{path}: row {number} is not as `tpaw data` writes it; put your own rows in another file and set "
+                "data.path to it"
+            )
         yield Row(**{name: row[name] for name in (*REQUIRED, *OPTIONAL) if name in row})
     if not number:
-        raise TpawError(f"{path}: holds no rows; make it again with `tpaw data`")
+        raise TpawError(f"{path}: contains no rows; recreate it with `tpaw data`")
 
 
 def refuse_if_too_many(name: str, reasons: list[str], total: int, max_skipped: float) -> None:
@@ -72,7 +75,7 @@ def refuse_if_too_many(name: str, reasons: list[str], total: int, max_skipped: f
     first = "; ".join(reasons[:3])
     if LAYOUTS in first:  # once is enough
         first = f"{first.replace(f'; {LAYOUTS}', '')}; {LAYOUTS}"
-    summary = f"{name}: {len(reasons)} of {total} rows cannot be used; first: {first}"
+    summary = f"{name}: {len(reasons)} of {total} rows cannot be used; the first reason: {first}"
     if len(reasons) > max_skipped * total:
         raise TpawError(f"{summary}. Fix the rows, or raise data.max_skipped (now {max_skipped})")
     logger.info(summary)
@@ -89,7 +92,7 @@ def usable_row(item: Any, data: Data) -> Row:
     completion = last["content"]
     if not completion.strip():
         if answer and "tool_calls" in answer:
-            raise Unusable("its last turn calls a tool and says nothing, so there is no text to train on")
+            raise Unusable("its last message only calls a tool, so there is no text to train on")
         raise Unusable("its target is empty")
     if not any(message["content"].strip() for message in prompt):
         raise Unusable("its prompt is empty")
@@ -102,15 +105,15 @@ def usable_row(item: Any, data: Data) -> Row:
     try:
         identity = json.dumps([prompt, completion, *more], ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
-        raise Unusable("holds a character that is not valid Unicode (a lone surrogate)") from None
+        raise Unusable("contains a character that is not valid Unicode (a lone surrogate)") from None
     except (TypeError, ValueError, RecursionError) as error:  # a date or bytes of Parquet, a number that is not finite
-        raise Unusable(f"holds a value that JSON cannot hold ({error})") from None
+        raise Unusable(f"contains a value that JSON cannot represent ({error})") from None
     return Row(hashlib.sha256(identity).hexdigest()[:16], prompt, completion, tools, answer)
 
 
 def _refuse_weight(weight: Any) -> None:
     """OpenAI's weight of the target: 0 or 1."""
     if weight == 0:
-        raise Unusable("its answer has weight 0, so it is not to be trained on")
+        raise Unusable("its answer has weight 0, which excludes it from training")
     if weight != 1:
-        raise Unusable(f"its answer has weight {weight!r}; known are 0 and 1")
+        raise Unusable(f"its answer has weight {weight!r}; it must be 0 or 1")

@@ -35,7 +35,7 @@ def read(path: Path, split: str) -> Source:
         return Source(str(path), _numbered(read_file(path)))
     if (path / "dataset_dict.json").exists():
         if not (path / split).is_dir():
-            raise TpawError(f"{path}: has no split {split!r}; name one in data.train_split or data.heldout_split")
+            raise TpawError(f"{path}: has no split {split!r}; set data.train_split or data.heldout_split")
         return Source(f"{path}[{split}]", _numbered(_saved(path / split)))
     if (path / "state.json").exists():
         return Source(str(path), _numbered(_saved(path)))
@@ -54,7 +54,9 @@ def files_of(path: Path) -> list[Path]:
     found = sorted(path.rglob("*"))
     for linked in found:
         if linked.is_symlink() and linked.is_dir():  # rglob does not look into it
-            raise TpawError(f"{linked}: is a link to a folder, which is not followed; name the folder itself")
+            raise TpawError(
+                f"{linked}: is a symbolic link to a folder; links are not followed. Set the path to the folder itself"
+            )
     return [file for file in found if file.is_file()]
 
 
@@ -66,8 +68,8 @@ def read_hub(data: Data, split: str) -> Source:
     except Exception as error:  # the library raises a dozen kinds; all mean the same here
         offline = " HF_HUB_OFFLINE is set: unset it, or name a local file." if os.environ.get("HF_HUB_OFFLINE") else ""
         raise TpawError(
-            f"data.path {data.path!r}, split {split!r}: is no file or folder here and cannot be loaded from the hub."
-            f"{offline} {_first(error)}"
+            f"data.path {data.path!r}, split {split!r}: is not a local file or folder, and cannot be loaded from "
+            f"the hub.{offline} {_first(error)}"
         ) from None
     name = f"{data.path}[{split}]"
     return Source(name, _numbered(_decoded(rows, name)))
@@ -90,7 +92,7 @@ def _saved(folder: Path) -> Iterator[Any]:
     try:
         rows = datasets.load_from_disk(str(folder))
     except Exception as error:  # as above
-        raise TpawError(f"{folder}: cannot be read as a data set of `save_to_disk`. {_first(error)}") from None
+        raise TpawError(f"{folder}: is not a readable `save_to_disk` dataset. {_first(error)}") from None
     yield from _decoded(rows, str(folder))
 
 
@@ -108,18 +110,20 @@ def _shards(folder: Path, split: str) -> list[Path]:
     if len(splits) > 1:
         named = ", ".join(sorted(name for name in splits if name))
         if None in splits:
-            what = f"holds files of the split {named}, and {splits[None][0].name}, whose name says no split"
-            raise TpawError(f"{folder}: {what}; give one of them a folder of its own")
+            what = (
+                f"contains files of the split {named}, and also {splits[None][0].name}, whose name indicates no split"
+            )
+            raise TpawError(f"{folder}: {what}; move one of them to another folder")
         if split not in splits:
-            what = f"holds the splits {named}, not {split}"
+            what = f"has the splits {named}, not {split}"
             raise TpawError(f"{folder}: {what}; set data.train_split and data.heldout_split")
         shards = splits[split]
     for path in shards:
         if not has_format(path):
-            raise TpawError(f"{path}: is in none of the formats that are read ({FORMATS}); take it out of the folder")
+            raise TpawError(f"{path}: is in an unsupported format (supported: {FORMATS}); move it out of the folder")
     filled = sorted(path for path in shards if path.stat().st_size)  # a writer of many shards leaves some empty
     if not filled:
-        raise TpawError(f"{folder}: holds no file of rows; formats that are read: {FORMATS}")
+        raise TpawError(f"{folder}: contains no data files; supported: {FORMATS}")
     return filled
 
 

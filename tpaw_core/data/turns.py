@@ -45,7 +45,7 @@ def render(tokenizer: Any, messages: list[Message], options: Mapping[str, Any], 
         return tokenizer.apply_chat_template(messages, tokenize=False, **{**options, **more})
     except Exception as error:  # a template may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise Unusable(f"the chat template refuses it ({reason})") from None
+        raise Unusable(f"the chat template rejects it ({reason})") from None
 
 
 def turn(tokenizer: Any, row: Row, options: Mapping[str, Any]) -> Turn:
@@ -131,7 +131,7 @@ def _turn(tokenizer: Any, row: Row, messages: list[Message], options: Mapping[st
         )
     reasoning = str((row.answer or {}).get("reasoning_content") or "").strip()
     if reasoning not in preamble:
-        raise Unusable("the chat template does not show the reasoning_content of its answer")
+        raise Unusable("the chat template leaves out the reasoning_content of its answer")
     opening = (preamble.rpartition(reasoning)[2] if reasoning else preamble).split()[-1:]
     answer = rest[max(start, same) :] + shown[len(shown.rstrip()) :]
     return Turn(prompt, "" if own else preamble, answer, tail, "".join(opening))
@@ -158,14 +158,14 @@ def _common(one: str, other: str) -> int:
 def _refuse_hidden(row: Row, marked: Marked, asked: str, said: str) -> None:
     """Raises Unusable for a text that the template does not write up to its end; an assistant's reasoning may go."""
     *prompt, answer = zip(row.conversation, marked.ends, strict=True)
-    shown = [(message, end, asked, f"message of the role {message['role']!r}") for message, end in prompt]
+    shown = [(message, end, asked, f"{message['role']!r} message") for message, end in prompt]
     for message, end, where, whose in [*shown, (*answer, said, "answer")]:
         *parts, _ = where.split(end) if end else ("", "")
         text = message["content"].strip()
         assistant = message["role"] == "assistant"
         form = text.rpartition(REASONING_END)[2].strip() if assistant else json.dumps(text, ensure_ascii=False)[1:-1]
         if not parts:
-            raise Unusable(f"the chat template does not show its {whose}")
+            raise Unusable(f"the chat template leaves out its {whose}")
         if end and not any(part.endswith((text, form)) for part in parts):
             raise Unusable(f"the chat template changes the text of its {whose}")
     if marked.ends[-2] not in said:
@@ -177,7 +177,7 @@ def _refuse_hidden(row: Row, marked: Marked, asked: str, said: str) -> None:
     ):
         for item in items:
             if (name := _function(item).get("name")) and name not in where:
-                raise Unusable(f"the chat template does not show its {kind} {name.removesuffix(marked.name)!r}")
+                raise Unusable(f"the chat template leaves out its {kind} {name.removesuffix(marked.name)!r}")
     if any(_as_python(message, asked + said) for message in marked.messages):
         raise Unusable("the chat template writes the arguments of a tool call as Python does, not as JSON")
 

@@ -274,7 +274,7 @@ def _read(workspace: Workspace) -> dict[str, Daemon]:
     path = _records(workspace)
     if not path.exists():
         return {}
-    found = records.read(path, dict[str, Daemon], "stop the services by hand and delete it")
+    found = records.read(path, dict[str, Daemon], "stop the services manually, then delete this file")
     return {name: found[name] for name in NAMES if name in found}
 
 

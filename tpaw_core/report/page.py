@@ -13,6 +13,9 @@ def write(workspace: Workspace, folder: Path) -> None:
     """report.md and its plots into ``folder``."""
     plots = draw(workspace, folder)
     text = ["# Result", "", table(workspace), ""]
-    text += ["Rewards and the share of alpha = eta are means over the last quarter of the iteration's steps.", ""]
+    text += [
+        "Rewards and the share of active target weights (alpha = eta) are means over the last quarter of the iteration's steps.",
+        "",
+    ]
     text += [line for name in plots for line in (f"![{name}]({name}.png)", "")]
     (folder / "report.md").write_text("\n".join(text), encoding="utf-8")

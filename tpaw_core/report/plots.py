@@ -40,7 +40,7 @@ def draw(workspace: Workspace, folder: Path) -> list[str]:
         if any(logs.values()):
             step = "optimiser step"
             _rewards(axes_of("rewards", "Implicit rewards by iteration\n", "reward (lambda x log-ratio)", step), logs)
-            title = "Share of (triplet, player) pairs with alpha = eta\n"
+            title = "Target weight active (alpha = eta), share of (triplet, player) pairs\n"
             _target_active(axes_of("target_active", title, "share", step), logs)
             title = "Mean player weight beta by iteration"
             _player_weights(axes_of("player_weights", title, "mean beta", "iteration"), logs)

@@ -11,7 +11,16 @@ from tpaw_core.method import early_warnings
 from tpaw_core.workspace import records
 from tpaw_core.workspace.paths import Workspace
 
-COLUMNS = ["checkpoint", "benchmark", "score", "stderr", "n", "target reward", "generated reward", "alpha = eta"]
+COLUMNS = [
+    "checkpoint",
+    "benchmark",
+    "score",
+    "stderr",
+    "n",
+    "target reward",
+    "generated reward",
+    "target weight active",
+]
 
 
 def flow_seconds(workspace: Workspace) -> dict[str, float]:
@@ -25,7 +34,7 @@ def durations(workspace: Workspace) -> list[str]:
     if not (seconds := flow_seconds(workspace)):
         return []
     stages = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
-    return ["", f"seconds per stage in the last flow run: {stages}", f"in all: {sum(seconds.values()):.0f} s"]
+    return ["", f"seconds per stage in the last flow run: {stages}", f"total: {sum(seconds.values()):.0f} s"]
 
 
 def rows(workspace: Workspace) -> list[dict[str, Any]]:
@@ -42,7 +51,7 @@ def rows(workspace: Workspace) -> list[dict[str, Any]]:
                 "n": primary.n,
                 "target reward": training.get("rewards_chosen"),
                 "generated reward": training.get("rewards_rejected"),
-                "alpha = eta": training.get("target_active"),
+                "target weight active": training.get("target_active"),
             }
         )
     return found
@@ -54,7 +63,10 @@ def table(workspace: Workspace) -> str:
     if found := warnings(workspace):
         lines += ["", *found]
     if left_out := [str(t) for t in workspace.iterations("metrics") if t not in evaluated(workspace)]:
-        lines += ["", f"Left out, as made from an earlier checkpoint {int(left_out[0]) - 1}: {', '.join(left_out)}."]
+        lines += [
+            "",
+            f"Not shown: {', '.join(left_out)}, made from an earlier version of checkpoint {int(left_out[0]) - 1}.",
+        ]
     return "\n".join(lines)
 
 

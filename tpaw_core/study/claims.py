@@ -110,7 +110,7 @@ def judge(grid: pd.DataFrame) -> list[Claim]:
             [name for name in ("tpaw", "tpaw-no-target-weights") if name not in set(grid["method"])],
         ),
         claim("C4", "Each part, when removed, lowers the result; the team most", ["tpaw", *PARTS], parts),
-        claim("C5", "More epochs of SFT on the same rows do not get there", ["tpaw", "sft"], minus("tpaw", "sft")),
+        claim("C5", "More epochs of SFT on the same rows do not reach it", ["tpaw", "sft"], minus("tpaw", "sft")),
         claim(
             "C6", "A team of three beats one player and larger teams", ["tpaw", "tpaw-team-1", "tpaw-team-4"],
             minus("tpaw", "tpaw-team-1") | minus("tpaw", "tpaw-team-4"),

@@ -16,7 +16,7 @@ from tpaw_core.workspace import files, records
 from tpaw_core.workspace.paths import Workspace
 
 PLAN_FILE = "plan.json"
-AGAIN = "delete it, and `tpaw compare` makes it again from its options"
+AGAIN = "delete it, and `tpaw compare` recreates it from its options"
 
 
 class Plan(Section):

@@ -32,7 +32,7 @@ TITLES = {  # name: title, what to see in it, axes
     ),
     "rates": (
         "Accuracy on validation rows, by learning rate",
-        "After the last iteration, on the seeds that chose the rate: each method is reported at its own best one.",
+        "After the last iteration, on the tuning seeds; each method is reported at its best rate.",
         ("learning rate", ACCURACY),
     ),
     "target_reward": (
@@ -44,12 +44,12 @@ TITLES = {  # name: title, what to see in it, axes
     "answer_logp": ("Log-probability of answers", "At the end of an iteration, in training.", (ITERATION, "nats")),
     "equal": (
         "Answers that equal their target",
-        "Share of the newest answers; a pair of equal texts teaches nothing.",
+        "Share of the newest answers; such pairs carry no preference signal.",
         (ITERATION, "share"),
     ),
     "target_active": (
-        "Share of targets that are not likelier than under their players",
-        "Where the target reward is not positive: there target weighting acts.",
+        "Share of targets with a reward that is not positive",
+        "Target weighting applies to these.",
         (STEP, "share"),
     ),
     "players": ("Player weights", "Mean beta by player.", (STEP, "beta")),

@@ -35,12 +35,12 @@ def text(workspace: Workspace, iteration: int) -> str:
         lines.append(f"checkpoint {found.iteration}  {found.digest}")
         facts = {
             "trained from": found.parent,
-            "against": ", ".join(digest[:12] for digest in found.team),
+            "team": ", ".join(digest[:12] for digest in found.team),
             **{f"read {name}": digest for name, digest in found.made_from.items()},
             "params": " ".join(f"{name}={value}" for name, value in flat(found.params).items()),
             "made with": " ".join(f"{name} {version}" for name, version in found.versions.items()),
-            "made by code": " ".join(f"{part} {digest[:12]}" for part, digest in found.code.items()),
-            "differs from today's code in": ", ".join(code.changed(found.code)),
+            "code digests": " ".join(f"{part} {digest[:12]}" for part, digest in found.code.items()),
+            "differs from the installed code in": ", ".join(code.changed(found.code)),
         }
         lines += [f"    {name}: {value}" for name, value in facts.items() if value]
     return "\n".join(lines)

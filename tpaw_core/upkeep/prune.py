@@ -44,7 +44,7 @@ def deletions(context: Context) -> list[Deletion]:
         if path.name not in needed
     ]
     found += [
-        _files(f"state of a stopped training, {path}", path)
+        _files(f"state of an interrupted training run, {path}", path)
         for path in sorted(workspace.training_state.glob("*"))
         if int(path.name.partition("-")[0]) in made
     ]

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from tpaw_core.errors import TpawError
 
 T = TypeVar("T")
-RESTORE = "make it again, or restore it with `dvc checkout`"
+RESTORE = "recreate it, or restore it with `dvc checkout`"
 
 
 class Record(BaseModel):
