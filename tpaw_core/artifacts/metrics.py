@@ -32,7 +32,7 @@ class Metrics(Record):
 class Sample(Record):
     """One held-out row as the checkpoint answered it."""
 
-    prompt: str
+    prompt: str  # its messages' texts, without the template
     target: str
     completion: str
     correct: float

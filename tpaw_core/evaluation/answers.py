@@ -119,6 +119,7 @@ def write_task(
         "task": pa.array([name] * len(rows), pa.string()),
         "number": pa.array(range(len(rows)), pa.int64()),
         "text": pa.array([tokenizer.decode(list(ids)) for ids in held.encoded.prompts], pa.string()),
+        "question": pa.array(["\n".join(m["content"] for m in row.prompt) for row in rows], pa.string()),
         "answer": pa.array(found, pa.string()),
         "target": pa.array([row.completion for row in rows], pa.string()),
     }
@@ -153,7 +154,7 @@ def sample_of(sample: Any) -> Sample:
     """From the harness's record of one document."""
     doc = sample["doc"]
     return Sample(
-        prompt=doc["text"].strip(),
+        prompt=doc["question"].strip(),
         target=doc["target"],
         completion=sample["resps"][0][0],
         correct=float(sample[METRIC]),

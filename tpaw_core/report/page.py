@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tpaw_core.report.answers import beside
 from tpaw_core.report.plots import draw
 from tpaw_core.report.table import table
 from tpaw_core.workspace.paths import Workspace
@@ -18,4 +19,6 @@ def write(workspace: Workspace, folder: Path) -> None:
         "",
     ]
     text += [line for name in plots for line in (f"![{name}]({name}.png)", "")]
+    if shown := beside(workspace, 20):
+        text += ["## Answers before and after", "", *(f"    {line}".rstrip() for line in shown[1:]), ""]
     (folder / "report.md").write_text("\n".join(text), encoding="utf-8")
