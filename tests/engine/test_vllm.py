@@ -47,9 +47,9 @@ class LLM:
     def __init__(self, model, **options):
         self.given = {"model": model, **options}
 
-    def generate(self, prompts, sampling):
+    def generate(self, prompts, sampling, use_tqdm=True):
         with open(os.environ["STAND_IN_LOG"], "w") as file:
-            json.dump({**self.given, "sampling": sampling}, file)
+            json.dump({**self.given, "sampling": sampling, "use_tqdm": use_tqdm}, file)
         return [Namespace(outputs=[Namespace(token_ids=(*p["prompt_token_ids"], 1, 9))]) for p in prompts]
 """
 
@@ -66,6 +66,7 @@ def test_the_worker_asks_vllm_for_what_the_settings_say(tmp_path: Path, monkeypa
     assert asked["model"] == str(tmp_path / "0")
     assert asked["max_model_len"] == 128
     assert not asked["trust_remote_code"]
+    assert not asked["use_tqdm"]
     assert [(s["max_tokens"], s["seed"], s["stop_token_ids"]) for s in asked["sampling"]] == [
         (20, 1, [1, 4]),
         (8, 2, [1, 4]),
@@ -79,7 +80,9 @@ def test_vllm_generates_what_transformers_generates(
     tokenizer: Any,
     save_checkpoint: Callable[..., Any],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # as in a flow
     assert VLLM_PYTHON.exists(), "`make vllm` makes the interpreter that this test needs"
     prompts = [e.prompt_ids[: 3 + 7 * number % 40] for number, e in enumerate(encoded * 3)]
     assert len(prompts) >= 64
