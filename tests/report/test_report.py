@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tpaw_core.artifacts.metrics import evaluated, read_samples
-from tpaw_core.report import table
+from tpaw_core.report import answers, table
 from tpaw_core.report.page import write
 from tpaw_core.workspace.paths import Workspace
 
@@ -133,3 +133,25 @@ def test_samples_of_a_checkpoint_without_any_are_none(workspace: Workspace) -> N
     workspace.samples(3).parent.mkdir()
     workspace.samples(3).write_text('{"prompt": "é"}\n{"prompt": "b"}\n', encoding="utf-8")
     assert read_samples(workspace, 3) == [{"prompt": "é"}, {"prompt": "b"}]
+
+
+def test_answers_before_and_after_stand_together_and_only_those_to_the_same_prompt(
+    workspace: Workspace, measured: Measure, tmp_path: Path
+) -> None:
+    prompts = [["1+1?", "```\n2+2?", "3+3?"], [], ["1+1?", "```\n2+2?", "other"]]
+    for iteration, own in enumerate(prompts):
+        measured(iteration, 0.5, REWARDS if iteration else {})
+        texts = [
+            {"prompt": p, "target": "a\nb", "completion": f"of {iteration}", "correct": iteration / 2} for p in own
+        ]
+        workspace.samples(iteration).parent.mkdir(exist_ok=True)
+        workspace.samples(iteration).write_text("".join(json.dumps(text) + "\n" for text in texts))
+        if not iteration:
+            assert answers.beside(workspace, 5) == []
+    both = ["  target: a | b", "  checkpoint 0: of 0 (wrong)", "  checkpoint 2: of 2 (right)"]
+    assert answers.beside(workspace, 1) == ["", "1+1?", *both]
+    assert answers.beside(workspace, 5) == ["", "1+1?", *both, "", "``` | 2+2?", *both]
+    (tmp_path / "report").mkdir()
+    write(workspace, tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "## Answers before and after\n\n    1+1?\n      target: a | b\n" in text
