@@ -135,23 +135,30 @@ def test_samples_of_a_checkpoint_without_any_are_none(workspace: Workspace) -> N
     assert read_samples(workspace, 3) == [{"prompt": "é"}, {"prompt": "b"}]
 
 
-def test_answers_before_and_after_stand_together_and_only_those_to_the_same_prompt(
+def test_answers_that_differ_stand_together_and_only_those_to_the_same_prompt(
     workspace: Workspace, measured: Measure, tmp_path: Path
 ) -> None:
-    prompts = [["1+1?", "```\n2+2?", "3+3?"], [], ["1+1?", "```\n2+2?", "other"]]
+    prompts = [["1+1?", "```\n2+2?", "3+3?", "same"], [], ["1+1?", "```\n2+2?", "other", "same"]]
     for iteration, own in enumerate(prompts):
         measured(iteration, 0.5, REWARDS if iteration else {})
-        texts = [
-            {"prompt": p, "target": "a\nb", "completion": f"of {iteration}", "correct": iteration / 2} for p in own
+        lines = [
+            {
+                "prompt": prompt,
+                "target": "a\nb",
+                "completion": "c" if prompt == "same" else f"of {iteration}",
+                "correct": iteration / 2,
+            }
+            for prompt in own
         ]
         workspace.samples(iteration).parent.mkdir(exist_ok=True)
-        workspace.samples(iteration).write_text("".join(json.dumps(text) + "\n" for text in texts))
+        workspace.samples(iteration).write_text("".join(json.dumps(line) + "\n" for line in lines))
         if not iteration:
             assert answers.beside(workspace, 5) == []
+    head = "Checkpoints 0 and 2 answer 2 of 3 held-out prompts differently."
     both = ["  target: a | b", "  checkpoint 0: of 0 (wrong)", "  checkpoint 2: of 2 (right)"]
-    assert answers.beside(workspace, 1) == ["", "1+1?", *both]
-    assert answers.beside(workspace, 5) == ["", "1+1?", *both, "", "``` | 2+2?", *both]
+    assert answers.beside(workspace, 1) == ["", head, "", "1+1?", *both]
+    assert answers.beside(workspace, 5) == ["", head, "", "1+1?", *both, "", "``` | 2+2?", *both]
     (tmp_path / "report").mkdir()
     write(workspace, tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "## Answers before and after\n\n    1+1?\n      target: a | b\n" in text
+    assert f"## Answers before and after\n\n{head}\n\n    1+1?\n      target: a | b\n" in text

@@ -20,5 +20,5 @@ def write(workspace: Workspace, folder: Path) -> None:
     ]
     text += [line for name in plots for line in (f"![{name}]({name}.png)", "")]
     if shown := beside(workspace, 20):
-        text += ["## Answers before and after", "", *(f"    {line}".rstrip() for line in shown[1:]), ""]
+        text += ["## Answers before and after", "", shown[1], *(f"    {line}".rstrip() for line in shown[2:]), ""]
     (folder / "report.md").write_text("\n".join(text), encoding="utf-8")
