@@ -14,6 +14,7 @@ from tpaw_core.config.params import Generation
 from tpaw_core.data.endings import Ending, Response
 from tpaw_core.engine.generation import in_process, vllm_client
 from tpaw_core.errors import TpawError
+from tpaw_core.workspace.paths import Workspace
 
 VLLM_PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
 
@@ -25,15 +26,18 @@ def ask(model: Path, prompts: list[list[int]], stop_ids: tuple[int, ...], python
     )
 
 
-def test_an_interpreter_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    python = tmp_path / vllm_client.PYTHON
-    with pytest.raises(TpawError, match=rf"generation\.python '{python}': no such interpreter; `make vllm`"):
-        ask(tmp_path, [[1]], (1,), python)
+@pytest.mark.parametrize(
+    ("python", "reason"), [("none", "no such interpreter"), ("false", "this interpreter has no vllm")]
+)
+def test_an_interpreter_that_cannot_serve_is_named(python: str, reason: str, workspace: Workspace) -> None:
+    (workspace.root / "false").symlink_to("/bin/false")
+    with pytest.raises(TpawError, match=rf"generation\.python '.*{python}': {reason}; `make vllm` installs it"):
+        vllm_client.interpreter(workspace, Generation(python=python))
 
 
 @pytest.mark.parametrize("python", ["/bin/false", "/bin/true"])
 def test_an_interpreter_that_fails_or_answers_nothing_is_an_error(python: str, tmp_path: Path) -> None:
-    with pytest.raises(TpawError, match=rf"vllm \({python}\) ended with status [01]; its own message is above"):
+    with pytest.raises(TpawError, match=rf"vllm \({python}\) failed with status [01]; see its output above"):
         ask(tmp_path, [[1]], (1,), Path(python))
 
 
