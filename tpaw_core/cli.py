@@ -148,10 +148,9 @@ def report() -> None:
 @app.command()
 def table() -> None:
     """Print one row per checkpoint, some answers before and after, and the seconds of the last flow run's stages."""
-    from tpaw_core.report import answers
-    from tpaw_core.report import table as rows
+    from tpaw_core.report import page
 
-    print("\n".join([rows.table(_workspace), *answers.beside(_workspace, 3), *rows.durations(_workspace)]))
+    print(page.summary(_workspace))
 
 
 @app.command()

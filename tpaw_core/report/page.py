@@ -1,4 +1,4 @@
-"""report/report.md, with its plots."""
+"""report/report.md with its plots, and what `tpaw table` prints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tpaw_core.report.answers import beside
 from tpaw_core.report.plots import draw
-from tpaw_core.report.table import table
+from tpaw_core.report.table import durations, table
 from tpaw_core.workspace.paths import Workspace
 
 
@@ -22,3 +22,8 @@ def write(workspace: Workspace, folder: Path) -> None:
     if shown := beside(workspace, 20):
         text += ["## Answers before and after", "", shown[1], *(f"    {line}".rstrip() for line in shown[2:]), ""]
     (folder / "report.md").write_text("\n".join(text), encoding="utf-8")
+
+
+def summary(workspace: Workspace) -> str:
+    """The table, some answers before and after, and how long the stages of the last flow run took."""
+    return "\n".join([table(workspace), *beside(workspace, 3), *durations(workspace)])
