@@ -116,15 +116,15 @@ def test_a_preamble_that_only_the_prompt_has_stays_there(answer: str) -> None:
         (
             "{% for m in messages %}{% if m['role'] != 'developer' %}{{ m['content'] }}{% endif %}{% endfor %}",
             row("6", {"role": "developer", "content": "Be short."}, {"role": "user", "content": "3 carts?"}),
-            "does not show its message of the role 'developer'",
+            "leaves out its 'developer' message",
         ),
-        (CHATML, row("6", answer={"reasoning_content": "two each"}), "does not show the reasoning_content"),
+        (CHATML, row("6", answer={"reasoning_content": "two each"}), "leaves out the reasoning_content"),
         (
             CHATML,
             row("6", tools=[{"type": "function", "function": {"name": "count"}}]),
-            "does not show its tool 'count'",
+            "leaves out its tool 'count'",
         ),
-        (CHATML, row("6<|im_end|>"), "holds the special token '<|im_end|>'"),
+        (CHATML, row("6<|im_end|>"), "contains the special token '<|im_end|>'"),
         (
             OPENED.replace("m['role'] + '\n'", "m['role'] + '\n' + ('<a>' if m['role'] == 'assistant' else '')"),
             row("6"),
@@ -214,7 +214,7 @@ def test_prompts_without_room_for_an_answer_are_counted_or_refused(
     assert kept.places == [place for place, length in enumerate(lengths) if length < limit]
     assert kept.row_ids == [row.prompt_id for row, length in zip(rows, lengths, strict=True) if length < limit]
     number = lengths.index(limit) + 1
-    reason = f"row {number}: its prompt has {limit} tokens, model.max_length is {limit}"
+    reason = f"row {number}: its prompt has {limit} tokens, but model.max_length is {limit}"
     assert f"rows: {too_long} of {len(rows)} rows cannot be used; the first reason: {reason}" in caplog.text
     with pytest.raises(TpawError, match=reason):
         encode(tokenizer, rows, limit)
@@ -295,7 +295,7 @@ def test_text_that_holds_an_end_that_is_not_special_is_refused() -> None:
     stop = tokenizer.convert_tokens_to_ids("<stop>")
     ending = encoding.find_ending(tokenizer, [row()], {}, [stop])
     assert ending.end_id == stop
-    with pytest.raises(TpawError, match="holds the special token '<stop>'"):
+    with pytest.raises(TpawError, match="contains the special token '<stop>'"):
         encoding.encode([row("A <stop> B")], tokenizer, ending, max_length=400, max_skipped=0.0, name="r", options={})
 
 

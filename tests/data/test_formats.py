@@ -165,7 +165,7 @@ def test_a_folder_of_shards_is_read_whole(workspace: Workspace, read: Callable[.
         read("rows")
     (folder / "z.jsonl.bz2").write_bytes(bz2.compress(b"{}"))
     with pytest.raises(
-        TpawError, match=r"z\.jsonl\.bz2: is in none of the formats that are read \(JSON lines, .*take it"
+        TpawError, match=r"z\.jsonl\.bz2: is in an unsupported format \(supported: JSON lines, .*move it"
     ):
         read("rows")
 
@@ -199,10 +199,10 @@ def test_a_folder_of_splits_gives_each_its_own(
     assert pairs(read("rows", heldout_path=None)) == ROWS
     assert pairs(list(read_rows(workspace.heldout_rows))) == HELDOUT
     assert pairs(read("rows")) == ROWS
-    with pytest.raises(TpawError, match=r"rows: holds the splits test, train, validation, not train_sft; set data\."):
+    with pytest.raises(TpawError, match=r"rows: has the splits test, train, validation, not train_sft; set data\."):
         read("rows", train_split="train_sft")
     (workspace.root / "rows" / "more.jsonl").write_text(jsonl(HELDOUT))
-    with pytest.raises(TpawError, match=r"more\.jsonl, whose name says no split; give one of them a folder"):
+    with pytest.raises(TpawError, match=r"more\.jsonl, whose name indicates no split; move one of them"):
         read("rows")
 
 
@@ -221,7 +221,7 @@ def test_splits_of_other_names_are_never_read_together(
     for name, rows in zip(names, (ROWS, HELDOUT), strict=True):
         (workspace.root / "rows" / f"{name}.jsonl").write_text(jsonl(rows))
     if splits:
-        with pytest.raises(TpawError, match=rf"rows: holds the splits {splits}, not train; set data\.train_split"):
+        with pytest.raises(TpawError, match=rf"rows: has the splits {splits}, not train; set data\.train_split"):
             read("rows")
     else:
         assert pairs(read("rows", heldout_path=None)) == ROWS
@@ -249,7 +249,7 @@ def test_data_sets_of_save_to_disk_are_read(workspace: Workspace, read: Callable
     assert pairs(read("one")) == ROWS
     datasets.DatasetDict({"train": train, "test": heldout}).save_to_disk(str(workspace.root / "both"))
     assert pairs(read("both", heldout_path=None)) == ROWS
-    with pytest.raises(TpawError, match=r"both: has no split 'test_sft'; name one in data\.train_split"):
+    with pytest.raises(TpawError, match=r"both: has no split 'test_sft'; set data\.train_split"):
         read("both", heldout_path=None, heldout_split="test_sft")
     with pytest.raises(TpawError, match=r"data\.heldout_path: name the file"):
         read("one", heldout_path=None)
@@ -291,13 +291,17 @@ def test_objects_of_many_shapes_come_out_of_arrow_as_they_went_in(
 
 
 BROKEN: list[tuple[str, bytes, str]] = [
-    ("r.json", b'[{"prompt": "a", "completion": "b"}', r"line 1 is not JSON \(neither a comma nor the array's end\)"),
-    ("r.json", b'[\n{"prompt": "a", "completion": "b"},\n]', r"line 3 is not JSON \(a comma without a row"),
-    ("r.json", b'[{"prompt": "a", "completion": "b"}]\n[]', r"line 2 is not JSON \(text behind the array\)"),
-    ("r.json", b"[]", "holds no rows"),
-    ("r.json", b'[{"prompt": "a",\n "completion"}]', r"line 2 is not JSON"),
+    (
+        "r.json",
+        b'[{"prompt": "a", "completion": "b"}',
+        r"line 1 is not valid JSON \(neither a comma nor the array's end\)",
+    ),
+    ("r.json", b'[\n{"prompt": "a", "completion": "b"},\n]', r"line 3 is not valid JSON \(a comma without a row"),
+    ("r.json", b'[{"prompt": "a", "completion": "b"}]\n[]', r"line 2 is not valid JSON \(text behind the array\)"),
+    ("r.json", b"[]", "contains no rows"),
+    ("r.json", b'[{"prompt": "a",\n "completion"}]', r"line 2 is not valid JSON"),
     ("r.json", b"[" * 100_000, r"line 1 cannot be read"),
-    ("r.json", b'{\n "prompt": "a",\n "completion": "b"\n}', r"line 1 is not JSON .* is named \.json"),
+    ("r.json", b'{\n "prompt": "a",\n "completion": "b"\n}', r"line 1 is not JSON .* name it \.json"),
     (
         "r.json",
         b'{"data": [{"prompt": "a"}]}',
@@ -306,9 +310,9 @@ BROKEN: list[tuple[str, bytes, str]] = [
     ("r.jsonl", b'[{"prompt": "a", "completion": "b"}]', "row 1: is list, not an object"),
     ("r.jsonl.gz", gzip.compress(jsonl(ROWS).encode())[:-20], "is damaged"),
     ("r.jsonl.gz", b"\x1f\x8bno", "is damaged"),
-    ("r.txt", b"What? That.", "is in none of the formats that are read: JSON lines, a JSON array, CSV"),
-    ("r.xlsx", b"PK\x03\x04\x00\x00", "is in none of the formats that are read"),
-    ("r.csv", b"prompt,completion\nWhat is 1,000 + 1?,5\n", "line 2 has 3 fields, the header has 2; put text"),
+    ("r.txt", b"What? That.", "is in an unsupported format; supported: JSON lines, a JSON array, CSV"),
+    ("r.xlsx", b"PK\x03\x04\x00\x00", "is in an unsupported format"),
+    ("r.csv", b"prompt,completion\nWhat is 1,000 + 1?,5\n", "line 2 has 3 fields, the header has 2; quote fields"),
     ("r.csv", b"prompt,completion\nWhat?\n", r"row 1: has no 'completion'"),
     ("r.csv", b"prompt,prompt\na,b\n", "has two columns named 'prompt'"),
     ("r.csv", b'prompt,completion\n"a,b\nc,d\n', "is not CSV"),
@@ -333,14 +337,14 @@ def test_folders_without_rows_are_refused(workspace: Workspace, read: Callable[.
     folder = workspace.root / "rows"
     folder.mkdir()
     (folder / "README.md").write_text("None yet.")
-    with pytest.raises(TpawError, match="rows: holds no file of rows; formats that are read: JSON lines"):
+    with pytest.raises(TpawError, match="rows: contains no data files; supported: JSON lines"):
         read("rows")
     (folder / "a.jsonl").write_bytes(b"")
-    with pytest.raises(TpawError, match="rows: holds no file of rows"):
+    with pytest.raises(TpawError, match="rows: contains no data files"):
         read("rows")
     (workspace.root / "other").mkdir()
     (folder / "linked").symlink_to(workspace.root / "other")
-    with pytest.raises(TpawError, match="linked: is a link to a folder"):
+    with pytest.raises(TpawError, match="linked: is a symbolic link to a folder"):
         read("rows")
 
 
@@ -360,7 +364,7 @@ def test_a_source_in_data_is_refused_and_nothing_is_touched(
         (workspace.root / "linked").unlink()
     for changes in ({"path": source}, {"path": "heldout.jsonl", "heldout_path": source}):
         with pytest.raises(
-            TpawError, match=r"(lies in|holds files of) .*data/, which `tpaw data` writes; .*Nothing was"
+            TpawError, match=r"(is inside|contains files from) .*data/, which `tpaw data` writes; .*Nothing was"
         ):
             read(**changes)
     assert [path.name for path in workspace.data.iterdir()] == ["train.jsonl"]

@@ -80,7 +80,7 @@ def test_a_system_column_is_the_systems_turn() -> None:
     assert row({"system": "Be brief.", "messages": [SYSTEM, USER, ANSWER]}).prompt == [SYSTEM, USER]
     named = row({"system": "Be brief.", "q": "Why?", "chosen": "x"}, prompt_column="q", completion_column="chosen")
     assert named.prompt == [SYSTEM, USER]
-    with pytest.raises(Unusable, match="its 'system' says something else"):
+    with pytest.raises(Unusable, match="its 'system' differs from the system message"):
         row({"system": "Be long.", "messages": [SYSTEM, USER, ANSWER]})
 
 
@@ -134,23 +134,23 @@ REFUSED: list[tuple[Any, str]] = [
     ("text", "is str, not an object"),
     ({}, r"has no 'prompt'; fields are none; rows are read from 'messages' \(OpenAI\), 'conversations'"),
     ({"prompt": "Why?"}, "has no 'completion'; fields are prompt"),
-    ({"prompt": "Why?", "completion": 4}, "its target in 'completion' is 4 without quotes, not text"),
+    ({"prompt": "Why?", "completion": 4}, "its target in 'completion' is the value 4, not text; put it in quotes"),
     (
         {"prompt": "Why?", "completion": datetime(2024, 5, 5)},
-        "its target in 'completion' is a datetime, not text: quote",
+        "its target in 'completion' is a datetime, not text; put it in quotes",
     ),
     ({"prompt": "Why?", "completion": " \n"}, "its target is empty"),
     ({"prompt": "Why?", "completion": []}, "'completion' must contain a prompt and end with an assistant message"),
-    ({"prompt": 3, "completion": "x"}, "its prompt is neither text nor a list of messages, but 3 without quotes"),
-    ({"prompt": ["Why?"], "completion": "x"}, "its prompt is neither text nor a list of messages: number 1 is text"),
+    ({"prompt": 3, "completion": "x"}, "its prompt is neither text nor a list of messages, but the value 3"),
+    ({"prompt": ["Why?"], "completion": "x"}, "its prompt is neither text nor a list of messages: item 1 is text"),
     ({"prompt": " ", "completion": "x"}, "its prompt is empty"),
     ({"prompt": "Why?", "completion": "x", "label": False}, "its 'label' is false"),
-    ({"prompt": "Why?", "completion": "x", "images": ["a.png"]}, "has 'images', which is not read"),
-    ({"messages": [USER, ANSWER], "functions": [{"name": "f"}]}, "has 'functions', which is not read"),
+    ({"prompt": "Why?", "completion": "x", "images": ["a.png"]}, "has 'images', which is not supported"),
+    ({"messages": [USER, ANSWER], "functions": [{"name": "f"}]}, "has 'functions', which is not supported"),
     ({"messages": [USER, ANSWER], "tools": "{"}, "its 'tools' is not valid JSON"),
     ({"messages": [USER, ANSWER], "tools": {"name": "f"}}, "its 'tools' is not a list of objects"),
     ({"messages": [USER, ANSWER], "system": ["s"]}, "its 'system' is a list, not text"),
-    ({"messages": []}, "'messages' must hold a prompt"),
+    ({"messages": []}, "'messages' must contain a prompt"),
     ({"messages": [USER]}, "'messages' must contain a prompt and end with an assistant message"),
     ({"messages": '[{"role": "user"}]'}, "its 'messages' is text, not a list of messages"),
     (
@@ -176,22 +176,22 @@ REFUSED: list[tuple[Any, str]] = [
     ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "its answer has weight 0.5; it must be 0 or 1"),
     (
         {"messages": [USER, {"role": "assistant", "tool_calls": [{"id": "c"}]}]},
-        "its last turn calls a tool and says noth",
+        "its last message only calls a tool",
     ),
     ({"messages": [{**USER, "at": datetime(2024, 5, 5)}, ANSWER]}, "contains a value that JSON cannot represent"),
     ({"messages": [{**USER, "score": float("nan")}, ANSWER]}, "contains a value that JSON cannot represent"),
     ({"messages": [USER, {**ANSWER, "note": "\ud800"}]}, "contains a character that is not valid Unicode"),
     (
         {"conversations": [{"from": "narrator", "value": "x"}]},
-        "message 1 of its 'conversations' is from 'narrator'; known",
+        "message 1 of its 'conversations' is from 'narrator'; allowed: ",
     ),
     ({"conversations": "x"}, "its 'conversations' is neither text nor a list of messages, but text"),
     ({"conversations": [{"from": "human"}, ANSWER]}, "message 1 of its 'conversations' has no content"),
-    ({"chosen": "Human: Why? Assistant: x"}, "its 'chosen' is text and it has no 'prompt'"),
+    ({"chosen": "Human: Why? Assistant: x"}, "its 'chosen' is plain text and there is no 'prompt'"),
     ({"prompt": "Who?", "chosen": [USER, ANSWER]}, "its 'chosen' starts with a different prompt from 'prompt'"),
     ({"prompt": [SYSTEM], "chosen": [USER, ANSWER]}, "its 'chosen' starts with a different prompt from 'prompt'"),
     ({"instruction": "a", "input": ["b"], "output": "c"}, "its 'input' is a list, not text"),
-    ({"instruction": "a", "history": ["b"], "output": "c"}, "its 'history' is not a list of pairs"),
+    ({"instruction": "a", "history": ["b"], "output": "c"}, "its 'history' is not a list of [question, answer] pairs"),
 ]
 
 PLAIN = {"prompt": "Why?", "completion": "x"}
@@ -226,5 +226,5 @@ def test_a_row_is_refused_in_its_own_words(item: Any, reason: str) -> None:
 def test_lines_in_data_that_are_no_rows_are_named(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('{"prompt": "Why?", "completion": "x"}\n')
-    with pytest.raises(TpawError, match=r"train\.jsonl: row 1 lacks prompt_id, prompt, completion; name your rows in"):
+    with pytest.raises(TpawError, match=r"train\.jsonl: row 1 is not as `tpaw data` writes it; put your own rows in"):
         list(read_rows(path))

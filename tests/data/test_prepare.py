@@ -71,7 +71,7 @@ def test_rows_are_made_again_where_anything_that_decides_them_changed(
     assert made() == first
 
 
-TOO_MANY = "cannot be used; first: row 1: "
+TOO_MANY = "cannot be used; the first reason: row 1: "
 
 
 @pytest.mark.parametrize(
@@ -85,17 +85,23 @@ TOO_MANY = "cannot be used; first: row 1: "
         ({"train": [{"prompt": "What?", "completion": ""}]}, TOO_MANY + "its target is empty"),
         (
             {"train": [{"prompt": "What?", "completion": 4}]},
-            TOO_MANY + "its target in 'completion' is 4 without quotes",
+            TOO_MANY + "its target in 'completion' is the value 4",
         ),
         ({"train": [{"prompt": " ", "completion": "That."}]}, TOO_MANY + "its prompt is empty"),
         ({"train": [{"prompt": 3, "completion": "That."}]}, TOO_MANY + "its prompt is neither text nor a list"),
         ({"train": [{"prompt": ["What?"], "completion": "That."}]}, TOO_MANY + "its prompt is neither text nor a list"),
         ({"train": [["What?", "That."]]}, TOO_MANY + "is list, not an object"),
-        ({"train": [{"messages": []}]}, TOO_MANY + "'messages' must hold a prompt"),
+        ({"train": [{"messages": []}]}, TOO_MANY + "'messages' must contain a prompt"),
         ({"train": [messages(PAIRS[0])["messages"][:1]]}, TOO_MANY + "is list"),
-        ({"train": [{"messages": messages(PAIRS[0])["messages"][:1]}]}, TOO_MANY + "'messages' must hold a prompt"),
-        ({"train": [{"messages": messages(PAIRS[0])["messages"][::-1]}]}, TOO_MANY + "'messages' must hold a prompt"),
-        ({"train": b'{"prompt": "a\\ud800", "completion": "b"}\n'}, TOO_MANY + "holds a character that is not valid"),
+        ({"train": [{"messages": messages(PAIRS[0])["messages"][:1]}]}, TOO_MANY + "'messages' must contain a prompt"),
+        (
+            {"train": [{"messages": messages(PAIRS[0])["messages"][::-1]}]},
+            TOO_MANY + "'messages' must contain a prompt",
+        ),
+        (
+            {"train": b'{"prompt": "a\\ud800", "completion": "b"}\n'},
+            TOO_MANY + "contains a character that is not valid",
+        ),
         (
             {"heldout": PAIRS[7:]},
             r"heldout\.jsonl: 1 held-out prompts are also in train; the first is 'What is 7 \+ 7\?'",
@@ -137,7 +143,7 @@ def test_held_out_rows_that_are_in_train_can_be_left_out(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "does not exist; make it with `tpaw data`"), ("", "holds no rows"), ("{", "line 1 is not JSON")],
+    [(None, "does not exist; make it with `tpaw data`"), ("", "contains no rows"), ("{", "line 1 is not JSON")],
 )
 def test_rows_that_were_never_made_are_asked_for(content: str | None, message: str, tmp_path: Path) -> None:
     if content is not None:

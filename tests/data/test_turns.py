@@ -90,21 +90,21 @@ def test_arguments_of_a_call_are_json_whatever_the_template_expects(template: st
 def test_a_dropped_turn_is_seen_though_its_text_stands_elsewhere(text: str) -> None:
     without = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
     made = row("6", {"role": "system", "content": text}, ASKED, {"role": "user", "content": "2"})
-    assert refused(without, made) == "the chat template does not show its message of the role 'system'"
+    assert refused(without, made) == "the chat template leaves out its 'system' message"
 
 
 def test_a_dropped_tool_is_seen_though_its_name_stands_elsewhere() -> None:
     tool = {"type": "function", "function": {"name": "carts"}}
-    assert refused(CHATML, row("6", tools=[tool])) == "the chat template does not show its tool 'carts'"
+    assert refused(CHATML, row("6", tools=[tool])) == "the chat template leaves out its tool 'carts'"
     call = {"function": {"name": "carts", "arguments": "{}"}}
     made = row("6", answer={"tool_calls": [call]})
-    assert refused(CHATML, made) == "the chat template does not show its tool call 'carts'"
+    assert refused(CHATML, made) == "the chat template leaves out its tool call 'carts'"
 
 
 @pytest.mark.parametrize("change", ["[:20]", " | lower", " | replace('many', '')"])
 def test_a_text_that_is_cut_or_changed_is_refused(change: str) -> None:
     template = CHATML.replace("m['content']", f"(m['content']{change})")
-    assert "its message of the role 'user'" in refused(template, row("6"))
+    assert "its 'user' message" in refused(template, row("6"))
 
 
 @pytest.mark.parametrize("template", [STRIPPING, QWEN])
@@ -115,7 +115,7 @@ def test_reasoning_of_earlier_turns_may_go_but_not_what_they_say(template: str) 
     assert "3 x 2" not in prompt
     assert "It is 6.<|im_end|>" in prompt
     silent = template.replace("[-1]", "[0]").replace("| trim }}", "| trim | replace('6', '') }}")
-    assert "its message of the role 'assistant'" in refused(silent, made)
+    assert "its 'assistant' message" in refused(silent, made)
 
 
 def test_reasoning_that_the_template_leaves_out_of_the_answer_is_named() -> None:
@@ -159,7 +159,7 @@ def test_a_template_that_reads_parts_gets_parts() -> None:
 
 def test_a_template_that_prints_a_list_as_it_is_gets_none() -> None:
     printing = CHATML.replace("m['content']", "(m['content'] | string if m['content'] is not string else '')")
-    assert refused(printing, row("6")) == "the chat template does not show its message of the role 'user'"
+    assert refused(printing, row("6")) == "the chat template leaves out its 'user' message"
 
 
 def test_what_a_tool_says_may_be_written_as_json() -> None:

@@ -242,7 +242,7 @@ def test_a_study_that_a_stage_refuses_says_which_cell_and_why(empty: Study) -> N
     arguments = ("--method", "tpaw", "--seeds", "1", "--rates", "1e-3", "--folder", "studies/nothing", *SETTINGS)
     found = empty.compare("demo", *arguments, check=False)
     assert found.returncode == 1
-    assert "error: tpaw, learning rate 0.001, seed 1: data.validation_rows: 500 leaves none" in found.stderr
+    assert "error: tpaw, learning rate 0.001, seed 1: data.validation_rows: 500 leaves no held-out rows" in found.stderr
 
 
 class Page(HTMLParser):

@@ -87,7 +87,7 @@ def test_checkpoints_of_an_earlier_lineage_are_left_out_and_named(workspace: Wor
     lines = table.table(workspace).splitlines()
     assert len(lines) == 6
     assert cells(lines[3])[0] == "1"
-    assert lines[-1] == "Left out, as made from an earlier checkpoint 1: 2, 3."
+    assert lines[-1] == "Not shown: 2, 3, made from an earlier version of checkpoint 1."
 
 
 def test_the_report_holds_the_table_and_every_plot(workspace: Workspace, measured: Measure, tmp_path: Path) -> None:

@@ -35,7 +35,9 @@ def workspace(tmp_path: Path) -> Workspace:
 def test_rows_that_dvc_does_not_hold_are_to_be_added(workspace: Workspace) -> None:
     before = workspace.train_rows.read_bytes()
     (said,) = verify.check(workspace, None).disagreements
-    assert re.search(r"data: does not match data\.dvc; `dvc add .*data` records it", said)
+    assert re.search(
+        r"data: does not match data\.dvc; if its rows are correct, record them with `dvc add .*data`", said
+    )
     with Repo(str(workspace.root)) as repo:
         repo.add(str(workspace.data))
     assert verify.check(workspace, None).disagreements == []
@@ -46,7 +48,7 @@ def test_rows_that_were_changed_by_hand_are_to_be_moved_first(workspace: Workspa
     workspace.train_rows.write_text('{"prompt_id": "1", "prompt": [], "completion": "mine alone"}\n')
     first, _ = verify.check(workspace, None).disagreements
     assert re.search(
-        r"train\.jsonl: has changed since `tpaw data` made it; move data/ away if rows in it are now", first
+        r"train\.jsonl: has changed since `tpaw data` made it; move data/ away if it contains the only copy", first
     )
 
 

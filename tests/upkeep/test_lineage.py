@@ -37,7 +37,7 @@ def test_it_leads_back_through_every_parent(workspace: Workspace) -> None:
     assert [manifest.iteration for manifest in found] == [1, 0]
     assert found[0].parent == found[1].digest
     text = lineage.text(workspace, 1)
-    assert "made by code: method " in text
+    assert "code digests: method " in text
     assert "differs" not in text
 
 
@@ -77,8 +77,8 @@ def test_the_lineage_of_a_real_loop_leads_back_to_the_base_model(longer_project:
     said = longer_project.run("tpaw", "lineage", "-t", "4").stdout
     lines = [line.split() for line in said.splitlines() if line.startswith("checkpoint ")]
     assert [(line[1], line[2]) for line in lines] == [(str(t), longer_project.digest(t)) for t in (4, 3, 2, 1, 0)]
-    against = ", ".join(longer_project.digest(t)[:12] for t in (3, 2, 1))
-    assert f"against: {against}" in said
+    team = ", ".join(longer_project.digest(t)[:12] for t in (3, 2, 1))
+    assert f"team: {team}" in said
     assert "objective.eta=6.0" in said
     assert "seed=42" in said
     assert "torch 2." in said

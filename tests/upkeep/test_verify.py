@@ -128,7 +128,7 @@ def test_a_healthy_workspace_has_nothing_that_disagrees(longer_project: Project)
     assert (
         "checked: datasets 1, encoded files 4, checkpoints 5, synthetic datasets 4, teams 4, weights 4" in done.stdout
     )
-    assert "5 versions in the registry" in done.stdout
+    assert "versions in the registry 5" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_healthy_workspace_has_nothing_that_disagrees(longer_project: Project)
         ),
         (
             lambda path: rewritten(path, "prompt_id", lambda prompt_id: prompt_id[::-1]),
-            r"its rows are not those of .*/data/train\.jsonl; recreate it with `tpaw encode`",
+            r"its rows do not match .*/data/train\.jsonl; recreate it with `tpaw encode`",
         ),
         (
             lambda path: path.with_name("heldout.parquet").read_bytes(),
@@ -157,7 +157,10 @@ def test_encoded_rows_are_checked_without_dvc_too(
     shutil.rmtree(longer_project.folder / ".dvc")
     said = check(longer_project).disagreements
     assert len([line for line in said if re.fullmatch(f"{re.escape(str(path))}: {reason}", line)]) == 1, said
-    assert f"{longer_project.workspace.checkpoint(0)}: was made from another {path}; run `dvc repro`" in said
+    assert (
+        f"{longer_project.workspace.checkpoint(0)}: was made from a different version of {path}; run `dvc repro`"
+        in said
+    )
 
 
 def test_a_disagreement_is_printed_and_the_status_is_1(longer_project: Project) -> None:
@@ -207,7 +210,7 @@ def test_what_a_full_disk_leaves_of_dvc_lock_may_be_deleted(longer_project: Proj
     write(lock, content)
     (said,) = verify.check(longer_project.workspace, None).disagreements
     assert re.fullmatch(
-        rf"{re.escape(str(lock))}: cannot be read \(.*\); delete it, and `dvc repro` takes what has run .*", said
+        rf"{re.escape(str(lock))}: cannot be read \(.*\); delete it, and `dvc repro` restores finished stages .*", said
     )
 
 

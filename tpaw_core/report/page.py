@@ -15,7 +15,8 @@ def write(workspace: Workspace, folder: Path) -> None:
     plots = draw(workspace, folder)
     text = ["# Result", "", table(workspace), ""]
     text += [
-        "Rewards and the share of active target weights (alpha = eta) are means over the last quarter of the iteration's steps.",
+        "Rewards and the share of active target weights (alpha = eta) are means over the last quarter of the "
+        "iteration's steps.",
         "",
     ]
     text += [line for name in plots for line in (f"![{name}]({name}.png)", "")]

@@ -57,6 +57,6 @@ def find(names: list[str]) -> dict[str, list[str]]:
             found[name] = list(METHODS[name].overrides)
         else:
             raise TpawError(
-                f"method {name!r}: unknown; there are {', '.join(METHODS)}, or make one: 'mine:objective.eta=2'"
+                f"method {name!r}: unknown; available: {', '.join(METHODS)}; or define one: 'mine:objective.eta=2'"
             )
     return found
