@@ -251,7 +251,7 @@ def test_data_sets_of_save_to_disk_are_read(workspace: Workspace, read: Callable
     assert pairs(read("both", heldout_path=None)) == ROWS
     with pytest.raises(TpawError, match=r"both: has no split 'test_sft'; set data\.train_split"):
         read("both", heldout_path=None, heldout_split="test_sft")
-    with pytest.raises(TpawError, match=r"data\.heldout_path: name the file"):
+    with pytest.raises(TpawError, match=r"data\.heldout_path: set it to the file"):
         read("one", heldout_path=None)
     for path in (workspace.root / "one").glob("*.arrow"):
         path.write_bytes(path.read_bytes()[:100])

@@ -191,7 +191,10 @@ REFUSED: list[tuple[Any, str]] = [
     ({"prompt": "Who?", "chosen": [USER, ANSWER]}, "its 'chosen' starts with a different prompt from 'prompt'"),
     ({"prompt": [SYSTEM], "chosen": [USER, ANSWER]}, "its 'chosen' starts with a different prompt from 'prompt'"),
     ({"instruction": "a", "input": ["b"], "output": "c"}, "its 'input' is a list, not text"),
-    ({"instruction": "a", "history": ["b"], "output": "c"}, "its 'history' is not a list of [question, answer] pairs"),
+    (
+        {"instruction": "a", "history": ["b"], "output": "c"},
+        "its 'history' is not a list of \\[question, answer\\] pairs",
+    ),
 ]
 
 PLAIN = {"prompt": "Why?", "completion": "x"}
