@@ -16,6 +16,7 @@ LAPTOP = (
     "flops --shape wide --dtype bf16",
     "growth --shape long",
     "overhead",
+    "lora --repeats 1",
 )
 GPU = (
     "equality --shape wide",

@@ -33,6 +33,7 @@ SHAPES = {
     "wide": Shape(100, 100, 8192, 512, 1536, 4, 16, 16, 16, 2, 8),
     "answers": Shape(60, 250, 32000, 256, 768, 4, 8, 8, 8, 2, 4),
     "prompts": Shape(300, 40, 32000, 256, 768, 4, 8, 8, 8, 2, 4),
+    "135m": Shape(100, 50, 49152, 576, 1536, 30, 9, 3, 4, 1, 4),  # SmolLM2-135M's
     "qwen2.5-1.5b": Shape(256, 256, 151936, 1536, 8960, 28, 12, 2, 16, 3, 4),  # for an accelerator
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,16 +14,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tpaw_core.artifacts import checkpoint, score_store
+from tpaw_core.artifacts import adapters, checkpoint, score_store
 from tpaw_core.artifacts.encoded import ROWS, read_encoded
 from tpaw_core.artifacts.synthetic import read_responses
 from tpaw_core.artifacts.team import read_team
 from tpaw_core.artifacts.weights import read_weights
 from tpaw_core.config import params_file
-from tpaw_core.config.params import Data, Scratch
+from tpaw_core.config.params import Data, Lora, Scratch
 from tpaw_core.data import arithmetic, encoding, prepare
 from tpaw_core.data.rows import read_rows
 from tpaw_core.engine import scratch
+from tpaw_core.errors import TpawError
 from tpaw_core.workspace import files
 from tpaw_core.workspace.paths import Workspace
 
@@ -61,6 +62,15 @@ def manifest(folder: Path, content: bytes) -> None:
         content = json.dumps({**found, "digest": files.digest(found["files"])}).encode()
     (own / checkpoint.MANIFEST).write_bytes(content)
     assert all((own / name).is_file() for name in checkpoint.verify(workspace, 1).files)
+
+
+def adapter(folder: Path, content: bytes) -> None:
+    """adapter_config.json of an adapter made elsewhere."""
+    (folder / adapters.CONFIG).write_bytes(content)
+    (folder / adapters.WEIGHTS).touch()
+    assert adapters.read_config(folder).r > 0
+    with suppress(TpawError):
+        adapters.require(folder, Lora())
 
 
 def team(folder: Path, content: bytes) -> None:
@@ -144,6 +154,10 @@ MEMBER = {
     "iteration": 0, "version": 1, "digest": "0", "checkpoint": "checkpoints/0", "synthetic": "synthetic/1.parquet",
     "synthetic_sha256": "0",
 }  # fmt: skip
+ADAPTER = {
+    "peft_type": "LORA", "r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj"], "bias": "none",
+    "base_model_name_or_path": "base", "rank_pattern": {}, "use_dora": False,
+}  # fmt: skip
 TEAM = {"iteration": 1, "policy": "latest", "players": 1, "members": [MEMBER]}
 TARGETS: dict[str, tuple[Callable[..., None], list[bytes]]] = {
     "jsonl": (partial(rows, kind="jsonl"), ["\n".join(PAIRS).encode(), b'{"messages": [{"role": "user"}]}']),
@@ -152,6 +166,7 @@ TARGETS: dict[str, tuple[Callable[..., None], list[bytes]]] = {
     "params": (params, [(ROOT / "params.yaml").read_bytes()]),
     "override": (override, [b"objective.eta=2", b"team.exclude=[1]", b"iterations.2.eta=3"]),
     "manifest": (manifest, [json.dumps(MANIFEST | {"files": sums}).encode() for sums in ({}, {"../x": "0"})]),
+    "adapter": (adapter, [json.dumps(ADAPTER | changed).encode() for changed in ({}, {"r": "8"}, {"new": 1})]),
     "team": (team, [json.dumps(TEAM).encode(), json.dumps(TEAM | {"members": [{"iteration": 0}]}).encode()]),
     "scores": (scores, []),
     "answers": (answers, []),

@@ -52,6 +52,7 @@ def test_an_import_from_a_package_above_is_caught(package: str, copied: Path) ->
         ("stages/planted.py", "import lm_eval"),
         ("data/planted.py", "from flows import dvc"),
         ("method/planted.py", "import transformers"),
+        ("engine/planted.py", "import peft"),
         ("homeless.py", "import math"),
     ],
 )

@@ -52,9 +52,7 @@ def main() -> None:
 
 @app.callback(epilog="Add --traceback to any command for the full traceback.")
 def _options(
-    folder: Annotated[
-        Path, typer.Option("-C", metavar="FOLDER", help="Work in this folder.", file_okay=False)
-    ] = Path(),
+    folder: Annotated[Path, typer.Option("-C", metavar="FOLDER", help="Work in FOLDER.", file_okay=False)] = Path(),
 ) -> None:
     global _workspace
     if not folder.is_dir():
@@ -156,7 +154,7 @@ def table() -> None:
 @app.command()
 def compare(
     recipe: Annotated[
-        str | None, typer.Argument(help="A recipe's name; default: that of an existing study, else params.yaml.")
+        str | None, typer.Argument(help="A recipe; default: an existing study's, else params.yaml.")
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ..., for all methods.")] = None,
     methods: Annotated[
@@ -165,12 +163,8 @@ def compare(
     seeds: Annotated[str | None, typer.Option(help="Seeds, e.g. 1-5 or 1,2,7.")] = None,
     rates: Annotated[str | None, typer.Option(help="Learning rates to try with every method, e.g. 1e-4,3e-4.")] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="Number of iterations.")] = None,
-    tuning_seeds: Annotated[
-        int | None, typer.Option(min=1, help="Number of seeds used to choose the learning rate.")
-    ] = None,
-    validation_rows: Annotated[
-        int | None, typer.Option(min=1, help="Held-out rows used to choose the learning rate.")
-    ] = None,
+    tuning_seeds: Annotated[int | None, typer.Option(min=1, help="Seeds that choose the learning rate.")] = None,
+    validation_rows: Annotated[int | None, typer.Option(min=1, help="Held-out rows that choose it.")] = None,
     folder: Annotated[Path | None, typer.Option(help="The study's folder; default: studies/RECIPE.")] = None,
 ) -> None:
     """Compare methods on a recipe over several seeds, with 95% intervals; finished runs are reused."""
@@ -210,7 +204,7 @@ def verify() -> None:
     """Check all recorded digests and references in the workspace, DVC's cache and MLflow."""
     from tpaw_core.upkeep import verify as upkeep
 
-    found = upkeep.check(_workspace, _context().registry)
+    found = upkeep.check(_context())
     checked = "checked: " + (", ".join(f"{kind} {count}" for kind, count in found.checked.items()) or "nothing is here")
     print("\n".join([*(f"note: {note}" for note in found.notes), *found.disagreements, checked]))
     if found.disagreements:
@@ -224,6 +218,12 @@ def lineage(iteration: AtCheckpoint) -> None:
     from tpaw_core.upkeep import lineage as upkeep
 
     print(upkeep.text(_workspace, iteration))
+
+
+@app.command()
+def export(iteration: AtCheckpoint, folder: Annotated[Path, typer.Argument(help="A new folder.")]) -> None:
+    """Merge the LoRA adapter of checkpoint t into its base, in float32, as a whole model in FOLDER."""
+    import_module("tpaw_core.upkeep.export").export(_context(), iteration, folder)
 
 
 @app.command()

@@ -108,7 +108,10 @@ def test_an_adapter_is_refused_with_its_base_and_what_to_do(tmp_path: Path, besi
     adapter = {"peft_type": "LORA", "base_model_name_or_path": "some/base", "task_type": "CAUSAL_LM"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
     for load in (checkpoint.load_settings, checkpoint.load_model):
-        with pytest.raises(TpawError, match=r"is a PEFT adapter \(LORA\) of 'some/base', not a whole model; merge"):
+        with pytest.raises(
+            TpawError,
+            match=r"is a PEFT adapter \(LORA\) of 'some/base', not a whole model; set lora.r and lora.alpha .*merge",
+        ):
             load(tmp_path)
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from tpaw_core.config import params_file
+from tpaw_core.config.params import Lora
 from tpaw_core.errors import TpawError
+from tpaw_core.workspace import files
 from tpaw_core.workspace.paths import Workspace
 
 ROOT = Path(__file__).parents[2]
@@ -121,3 +123,35 @@ def test_the_digest_depends_on_values_and_on_nothing_else(tmp_path: Path) -> Non
     turned.write_text(turned.read_text() + Path(DEMO).read_text().split("iterations:")[0] + "# a comment\n")
     assert params_file.load(turned).digest() == params.digest()
     assert params_file.resolve(WORKSPACE, DEMO, ["seed=43"])[0].digest() != params.digest()
+
+
+def test_lora_is_off_by_default_and_then_counts_in_no_digest() -> None:
+    plain = params_file.load(Path(DEMO))
+    assert plain.lora is None
+    tree = plain.model_dump(by_alias=True)
+    del tree["lora"], tree["model"]["base"]
+    assert plain.digest() == files.digest(tree)
+    assert plain.model_copy(update={"lora": Lora()}).digest() != plain.digest()
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("lora.r=0", "lora.r"),
+        ("lora.alpha=-1", "lora.alpha"),
+        ("lora.dropout=1", "lora.dropout"),
+        ("lora.target_modules=[]", "lora.target_modules"),
+        ("lora.rank=8", "lora.rank"),
+    ],
+)
+def test_a_wrong_value_of_lora_is_refused_by_its_key(override: str, key: str) -> None:
+    with pytest.raises(TpawError, match=re.escape(key)):
+        params_file.resolve(WORKSPACE, "demo", [override])
+
+
+def test_one_key_of_lora_switches_it_on_and_the_others_are_written_out() -> None:
+    params, text = params_file.resolve(WORKSPACE, "demo", ["lora.r=8", "lora.target_modules=[q_proj, v_proj]"])
+    assert params.lora == Lora(r=8, target_modules=["q_proj", "v_proj"])
+    assert "alpha: 32.0\n" in text
+    assert params.checkpoint_dtype == "bfloat16"
+    assert params_file.resolve(WORKSPACE, "demo", ["lora.r=8", "lora=null"])[0].lora is None

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.support.rows import eos_ending
-from tpaw_core.config.params import Generation
+from tpaw_core.artifacts import adapters
+from tpaw_core.config.params import Generation, Lora
 from tpaw_core.data.endings import Ending, Response
 from tpaw_core.engine.generation import in_process, vllm_client
 from tpaw_core.errors import TpawError
@@ -19,11 +20,16 @@ from tpaw_core.workspace.paths import Workspace
 VLLM_PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
 
 
-def ask(model: Path, prompts: list[list[int]], stop_ids: tuple[int, ...], python: Path) -> list[Response]:
+def ask(
+    model: Path,
+    prompts: list[list[int]],
+    stop_ids: tuple[int, ...],
+    python: Path,
+    adapter: tuple[Path, int] | None = None,
+) -> list[Response]:
     settings, ending = Generation(temperature=0.0, max_new_tokens=20), Ending(stop_ids[0], stop_ids)
-    return vllm_client.generate(
-        model, prompts, settings, max_length=128, ending=ending, seed=1, dtype="float32", python=python
-    )
+    options: dict[str, Any] = {"max_length": 128, "ending": ending, "seed": 1, "dtype": "float32"}
+    return vllm_client.generate(str(model), prompts, settings, **options, python=python, adapter=adapter)
 
 
 @pytest.mark.parametrize(
@@ -47,20 +53,26 @@ from types import SimpleNamespace as Namespace
 
 SamplingParams = dict
 
+class LoRARequest(tuple):
+    def __new__(cls, *values):
+        return super().__new__(cls, values)
+
 class LLM:
     def __init__(self, model, **options):
         self.given = {"model": model, **options}
 
-    def generate(self, prompts, sampling, use_tqdm=True):
+    def generate(self, prompts, sampling, use_tqdm=True, lora_request=None):
         with open(os.environ["STAND_IN_LOG"], "w") as file:
-            json.dump({**self.given, "sampling": sampling, "use_tqdm": use_tqdm}, file)
+            json.dump({**self.given, "sampling": sampling, "use_tqdm": use_tqdm, "lora": lora_request}, file)
         return [Namespace(outputs=[Namespace(token_ids=(*p["prompt_token_ids"], 1, 9))]) for p in prompts]
 """
 
 
 def test_the_worker_asks_vllm_for_what_the_settings_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for vllm that answers each prompt with its own ids, EOS and one more."""
-    (tmp_path / "vllm.py").write_text(STAND_IN)
+    (tmp_path / "vllm" / "lora").mkdir(parents=True)
+    (tmp_path / "vllm" / "__init__.py").write_text(STAND_IN)
+    (tmp_path / "vllm" / "lora" / "request.py").write_text("from vllm import LoRARequest")
     (tmp_path / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: False)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("STAND_IN_LOG", str(tmp_path / "log.json"))
@@ -70,11 +82,19 @@ def test_the_worker_asks_vllm_for_what_the_settings_say(tmp_path: Path, monkeypa
     assert asked["model"] == str(tmp_path / "0")
     assert asked["max_model_len"] == 128
     assert not asked["trust_remote_code"]
+    assert asked["lora"] is None
+    assert "enable_lora" not in asked
     assert not asked["use_tqdm"]
     assert [(s["max_tokens"], s["seed"], s["stop_token_ids"]) for s in asked["sampling"]] == [
         (20, 1, [1, 4]),
         (8, 2, [1, 4]),
     ]
+
+    ask(tmp_path / "0", [[5, 6]], (1,), Path(sys.executable), adapter=(tmp_path / "1", 12))
+    asked = json.loads((tmp_path / "log.json").read_text())
+    assert asked["model"] == str(tmp_path / "0")
+    assert (asked["enable_lora"], asked["max_lora_rank"]) == (True, 16)
+    assert asked["lora"] == ["policy", 1, str(tmp_path / "1")]
 
 
 @pytest.mark.vllm
@@ -111,3 +131,30 @@ def test_vllm_generates_what_transformers_generates(
     two = expected((end_id, other))
     assert {response.ids[-1] for response in two if response.finish_reason == "stop"} == {end_id, other}
     assert ask(tmp_path / "0", prompts, (end_id, other), VLLM_PYTHON) == two
+
+
+@pytest.mark.vllm
+def test_vllm_generates_with_an_adapter_what_transformers_generates(
+    make_model: Callable[[int], Any],
+    encoded: list[Any],
+    tokenizer: Any,
+    save_checkpoint: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    model, ending = make_model(4), eos_ending(tokenizer)
+    save_checkpoint(model, tmp_path / "base")
+    adapters.attach(model, Lora(r=4, alpha=8), seed=0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    adapters.write(model, tmp_path / "adapter")
+    prompts = [e.prompt_ids[: 3 + 7 * number % 40] for number, e in enumerate(encoded)]
+    settings = Generation(temperature=0.0, max_new_tokens=20, batch_size=1)
+    options: dict[str, Any] = {"max_length": 128, "ending": ending, "pad_id": tokenizer.pad_token_id, "seed": 1}
+    expected = in_process.generate(model, prompts, settings, **options)
+    adapter = tmp_path / "adapter", 4
+    assert ask(tmp_path / "base", prompts, ending.stop_ids, VLLM_PYTHON, adapter=adapter) == expected
+    adapters.use(model, None, "")
+    assert in_process.generate(model, prompts, settings, **options) != expected

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from dvc.repo import Repo
 
-from tpaw_core.config.params import Data
+from tpaw_core.config.params import Data, Params
 from tpaw_core.data import prepare
+from tpaw_core.stages.context import Context
 from tpaw_core.upkeep import verify
 from tpaw_core.workspace.paths import Workspace
 
@@ -32,21 +33,21 @@ def workspace(tmp_path: Path) -> Workspace:
     return workspace
 
 
-def test_rows_that_dvc_does_not_hold_are_to_be_added(workspace: Workspace) -> None:
+def test_rows_that_dvc_does_not_hold_are_to_be_added(workspace: Workspace, params: Params) -> None:
     before = workspace.train_rows.read_bytes()
-    (said,) = verify.check(workspace, None).disagreements
+    (said,) = verify.check(Context(workspace, params)).disagreements
     assert re.search(
         r"data: does not match data\.dvc; if its rows are correct, record them with `dvc add .*data`", said
     )
     with Repo(str(workspace.root)) as repo:
         repo.add(str(workspace.data))
-    assert verify.check(workspace, None).disagreements == []
+    assert verify.check(Context(workspace, params)).disagreements == []
     assert workspace.train_rows.read_bytes() == before
 
 
-def test_rows_that_were_changed_by_hand_are_to_be_moved_first(workspace: Workspace) -> None:
+def test_rows_that_were_changed_by_hand_are_to_be_moved_first(workspace: Workspace, params: Params) -> None:
     workspace.train_rows.write_text('{"prompt_id": "1", "prompt": [], "completion": "mine alone"}\n')
-    first, _ = verify.check(workspace, None).disagreements
+    first, _ = verify.check(Context(workspace, params)).disagreements
     assert re.search(
         r"train\.jsonl: has changed since `tpaw data` made it; move data/ away if it contains the only copy", first
     )

@@ -15,7 +15,8 @@ import pytest
 from tests.support.workspace import Project
 from tpaw_core.artifacts import checkpoint, code
 from tpaw_core.config import params_file
-from tpaw_core.tracking.registry import MODEL, Registry
+from tpaw_core.stages.context import Context, open_context
+from tpaw_core.tracking.registry import MODEL
 from tpaw_core.upkeep import verify
 from tpaw_core.upkeep.verify import Findings
 
@@ -23,8 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 def check(project: Project) -> Findings:
-    workspace = project.workspace
-    return verify.check(workspace, Registry(workspace, params_file.load(workspace.params_file)))
+    return verify.check(open_context(project.workspace, params_file.load(project.workspace.params_file)))
 
 
 def write(path: Path, content: bytes) -> None:
@@ -208,7 +208,8 @@ def test_a_manifest_without_code_is_of_an_earlier_version_and_no_note(longer_pro
 def test_what_a_full_disk_leaves_of_dvc_lock_may_be_deleted(longer_project: Project, content: bytes) -> None:
     lock = longer_project.folder / "dvc.lock"
     write(lock, content)
-    (said,) = verify.check(longer_project.workspace, None).disagreements
+    params = params_file.load(longer_project.workspace.params_file)
+    (said,) = verify.check(Context(longer_project.workspace, params)).disagreements
     assert re.fullmatch(
         rf"{re.escape(str(lock))}: cannot be read \(.*\); delete it, and `dvc repro` restores finished stages .*", said
     )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from tpaw_core.artifacts import code, pretrained
+from tpaw_core.artifacts import adapters, code, pretrained
 from tpaw_core.data import endings
 from tpaw_core.errors import TpawError
 from tpaw_core.workspace import files, records
@@ -26,16 +26,25 @@ from tpaw_core.workspace.records import Record
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MANIFEST = "manifest.json"
+MANIFEST, GENERATION = "manifest.json", "generation_config.json"
 VERSIONED = ("tpaw", "torch", "transformers", "tokenizers")
 SHIPPED = "_tpaw_shipped"  # the attribute that keeps a loaded model's own generation config
+
+
+class Base(Record):
+    """The whole model that an adapter belongs to."""
+
+    source: str  # as the parameters name it, or a checkpoint of the workspace
+    revision: str | None
+    digest: str  # `base_digest`: wherever the base lies, this is what it is
 
 
 class Manifest(Record):
     """manifest.json."""
 
     iteration: int
-    digest: str  # of `files`: the checkpoint's identity
+    digest: str  # of `files`, and of the base of an adapter: the checkpoint's identity
+    base: Base | None = Field(default=None, exclude_if=lambda base: base is None)  # of an adapter
     parent: str | None  # digest of the checkpoint it was trained from
     team: list[str]  # digests of the members, newest first
     made_from: dict[str, str]  # what else was read -> its digest
@@ -54,6 +63,7 @@ class Origin(NamedTuple):
     team: Sequence[str] = ()
     made_from: Mapping[str, str] = {}
     params: Mapping[str, Any] = {}
+    base: Base | None = None
 
 
 def write(
@@ -68,18 +78,22 @@ def write(
 ) -> None:
     """The model in ``dtype`` (a name in torch), its tokenizer and the manifest; in place only when complete.
 
+    Of a model with an adapter, the adapter alone, in float32. Then ``origin`` must name its base.
     generation_config.json is what the base model shipped, with ``stop_ids`` added: a serving stack reads it.
     """
     import torch
 
     with workspace.publish(workspace.checkpoint(iteration)) as aside:
-        model.to(getattr(torch, dtype)).save_pretrained(aside)
+        if adapters.active(model) is None:
+            model.to(getattr(torch, dtype)).save_pretrained(aside)
+        else:
+            adapters.write(model, aside)
         tokenizer.save_pretrained(aside)
         shipped = getattr(model, SHIPPED, None) or model.generation_config.to_diff_dict()
         stops = endings.configured(model.config, SimpleNamespace(**shipped)) + list(stop_ids)
         stops = list(dict.fromkeys(stops))
         content = {**shipped, "eos_token_id": stops if len(stops) > 1 else stops[0]}
-        (aside / "generation_config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        (aside / GENERATION).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         seal(aside, iteration, origin)
     workspace.pruned(iteration).unlink(missing_ok=True)
 
@@ -89,12 +103,13 @@ def seal(folder: Path, iteration: int, origin: Origin) -> Manifest:
     sums = {path.name: files.sha256(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
     manifest = Manifest(
         iteration=iteration,
-        digest=files.digest(sums),
+        digest=_identity(sums, origin.base),
+        base=origin.base,
         parent=origin.parent,
         team=list(origin.team),
         made_from=dict(origin.made_from),
         params=dict(origin.params),
-        versions=_versions(),
+        versions=_versions(VERSIONED if origin.base is None else (*VERSIONED, "peft")),
         code=code.digests(),
         files=sums,
     )
@@ -102,9 +117,13 @@ def seal(folder: Path, iteration: int, origin: Origin) -> Manifest:
     return manifest
 
 
-def _versions() -> dict[str, str]:
+def _identity(sums: Mapping[str, str], base: Base | None) -> str:
+    return files.digest(sums if base is None else {**sums, "base": base.digest})
+
+
+def _versions(names: Sequence[str]) -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in VERSIONED:
+    for name in names:
         with contextlib.suppress(PackageNotFoundError):  # the code may run from a folder, uninstalled
             found[name] = version(name)
     return found
@@ -123,7 +142,7 @@ def _read(path: Path, folder: Path, remedy: str | None = None) -> Manifest:
     files.need(path, remedy or f"make checkpoint {folder.name} first, or restore it with `dvc checkout`")
     remedy = remedy or f"restore it with `dvc checkout {folder}` or recreate it"
     found = records.read(path, Manifest, remedy)
-    if files.digest(found.files) != found.digest:
+    if _identity(found.files, found.base) != found.digest:
         raise TpawError(f"{path}: is damaged; {remedy}")
     return found
 
@@ -131,7 +150,7 @@ def _read(path: Path, folder: Path, remedy: str | None = None) -> Manifest:
 def verify(workspace: Workspace, iteration: int) -> Manifest:
     """The manifest, after checking that every file is there, unchanged, and none is a pickle.
 
-    Raises TpawError naming the file.
+    The base of an adapter is not looked at. Raises TpawError naming the file.
     """
     found, folder = manifest(workspace, iteration), workspace.checkpoint(iteration)
     if not folder.exists():
@@ -207,3 +226,17 @@ def identity(model: PreTrainedModel, source: str | Path) -> str:
     if (folder / MANIFEST).exists():
         return _read(folder / MANIFEST, folder).digest
     return files.digest({path.name: files.sha256(path) for path in sorted(folder.glob("*.safetensors"))})
+
+
+def base_digest(source: str | Path, revision: str | None = None) -> str:
+    """What a whole model is, wherever it lies: of a folder its config and weights, read; of a hub id the commit.
+
+    Raises TpawError where it is missing, damaged, or not a whole model.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return str(pretrained.load_config(source, revision)._commit_hash)
+    if (folder / MANIFEST).exists():
+        return verify_folder(folder, "restore it, or copy it again").digest
+    paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return files.digest({path.name: files.sha256(files.need(path, "name a whole model")) for path in paths})

@@ -29,8 +29,8 @@ def load_config(source: str | Path, revision: str | None = None) -> Any:
 
     _refuse_pickles(source)
     with _one_message(source):
-        if (adapter := _adapter(source, revision)) is not None:
-            raise TpawError(f"model {str(source)!r}: {adapter}")
+        if (folder := adapter(source, revision)) is not None:
+            raise TpawError(f"model {str(source)!r}: {_of_adapter(folder)}")
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         if (reason := next(reasons(config), None)) is not None:
             raise TpawError(f"model {str(source)!r}: {reason}")
@@ -118,18 +118,35 @@ def _class(config: Any) -> Any:
     return found[0] if isinstance(found, (list, tuple)) else found
 
 
-def _adapter(source: str | Path, revision: str | None) -> str | None:
-    """Why ``source`` is refused, where it holds an adapter; transformers would load its base in silence."""
-    from transformers.utils import find_adapter_config_file
+def adapter(source: str | Path, revision: str | None) -> Path | None:
+    """The folder of its files, where ``source`` is an adapter; transformers would load its base in silence."""
+    from transformers.utils import cached_file, find_adapter_config_file
 
-    path = find_adapter_config_file(str(source), revision=revision)
-    if path is None:
-        return None
-    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    with _one_message(source):
+        path = find_adapter_config_file(str(source), revision=revision)
+        if path is None:
+            return None
+        if not Path(source).is_dir():  # on the hub: the weights come beside the config
+            cached_file(str(source), "adapter_model.safetensors", revision=revision)
+    return Path(path).parent
+
+
+def snapshot(source: str, revision: str) -> str:
+    """The folder in the hub's cache that holds this revision's files, weights included."""
+    from huggingface_hub import snapshot_download
+
+    with _one_message(source):
+        return snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors"])
+
+
+def _of_adapter(folder: Path) -> str:
+    """Why an adapter is refused where a whole model is asked for."""
+    given = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     return (
-        f"is a PEFT adapter ({config.get('peft_type', 'of unknown type')}) of {config.get('base_model_name_or_path')!r}"
-        ", not a whole model; merge both with peft (AutoPeftModelForCausalLM.from_pretrained, merge_and_unload, "
-        "save_pretrained), save the tokenizer in the same folder, and name that folder"
+        f"is a PEFT adapter ({given.get('peft_type', 'of unknown type')}) of {given.get('base_model_name_or_path')!r}"
+        ", not a whole model; set lora.r and lora.alpha to go on from it, or merge both with peft "
+        "(AutoPeftModelForCausalLM.from_pretrained, merge_and_unload, save_pretrained), save the tokenizer in the same "
+        "folder, and name that folder"
     )
 
 

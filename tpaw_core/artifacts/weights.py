@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from tpaw_core.config.params import Precision
+    from tpaw_core.config.params import Regime
 
 NUMBERS = ("players_chosen", "players_rejected", "beta")
-PRECISION = b"precision"  # metadata: in which the judges scored, and in which the policy must be trained
+PRECISION = b"precision"  # metadata: the regime in which the judges scored, and in which the policy must be trained
 
 
 class Weights(NamedTuple):
@@ -27,8 +27,8 @@ class Weights(NamedTuple):
     beta: NDArray[np.float64]  # [n * rows, K]
 
 
-def write_weights(path: Path, weights: Weights, digest: str, precision: Precision) -> None:
-    """``digest``: of the encoded rows. ``precision``: in which the judges multiplied."""
+def write_weights(path: Path, weights: Weights, digest: str, regime: Regime) -> None:
+    """``digest``: of the encoded rows. ``regime``: in which the judges scored."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -36,7 +36,7 @@ def write_weights(path: Path, weights: Weights, digest: str, precision: Precisio
     for name in NUMBERS:
         values = getattr(weights, name)
         columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
-    pq.write_table(pa.table(columns).replace_schema_metadata({ENCODED: digest, PRECISION: precision}), path)
+    pq.write_table(pa.table(columns).replace_schema_metadata({ENCODED: digest, PRECISION: regime}), path)
 
 
 def read_weights(path: Path, players: int, digest: str | None = None) -> Weights:
@@ -62,8 +62,8 @@ def read_weights(path: Path, players: int, digest: str | None = None) -> Weights
         return Weights(table["prompt_id"].to_pylist(), table["opponent"].to_pylist(), *values)
 
 
-def scored_in(path: Path) -> Precision | None:
-    """The precision in which the judges multiplied; None in a file from before it was recorded."""
+def scored_in(path: Path) -> Regime | None:
+    """The regime in which the judges scored; None in a file from before it was recorded."""
     import pyarrow.parquet as pq
 
     with readable(path):
@@ -74,5 +74,7 @@ def scored_in(path: Path) -> Precision | None:
                 return "float32"
             case b"bfloat16":
                 return "bfloat16"
+            case b"bfloat16_base":
+                return "bfloat16_base"
             case other:
-                raise ValueError(f"precision {other!r} is neither float32 nor bfloat16")
+                raise ValueError(f"precision {other!r} is neither float32, bfloat16 nor bfloat16_base")

@@ -15,6 +15,8 @@ NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["float32", "bfloat16"]
+# In which policies are scored and trained: float32 weights and products; bfloat16 products; a bfloat16 base under LoRA.
+Regime = Literal["float32", "bfloat16", "bfloat16_base"]
 
 
 # Arguments of apply_chat_template that decide what is rendered, and how.
@@ -48,12 +50,35 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     max_length: Count = 1024  # prompt and response together, in tokens
     scratch: Scratch | None = None
+    # Of LoRA adapters: folder or hub id of their base, where neither they nor model_name_or_path name it, or it moved.
+    base: str | None = None
 
     @field_validator("chat_template_kwargs")
     @classmethod
     def _for_the_template(cls, given: dict[str, Any]) -> dict[str, Any]:
         if taken := sorted(NOT_FOR_THE_TEMPLATE & set(given)):
             raise ValueError(f"{taken[0]} is set by tpaw itself; only what the chat template asks for belongs here")
+        return given
+
+
+class Lora(Section):
+    """Train adapters (float32) on a frozen base (bfloat16), by PEFT; each field is LoraConfig's of the same name.
+
+    The base computes in bfloat16, so sft.bf16 and training.bf16 do not apply. A model from scratch has no base yet: its
+    SFT trains all weights, and checkpoint 0, in bfloat16, is the base of the adapters that follow.
+    """
+
+    r: Count = 16
+    alpha: Positive = 32
+    target_modules: str | list[str] = "all-linear"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # in SFT; self-play has none
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names(cls, given: Any) -> Any:
+        names = given if isinstance(given, list) else [given]
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise ValueError("must be all-linear, a list of modules' names, or a regular expression of them")
         return given
 
 
@@ -176,6 +201,7 @@ class Params(Section):
     objective: Objective = Field(default_factory=lambda: Objective.model_validate({}))
     training: Optimisation
     evaluation: Evaluation = Evaluation()
+    lora: Lora | None = None  # null: all weights are trained
     iterations: Annotated[dict[str, Iteration], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -225,11 +251,18 @@ class Params(Section):
 
     @property
     def checkpoint_dtype(self) -> str:
-        """Of what is trained: float32, as training itself, unless model.dtype says otherwise."""
+        """Of whole models: float32, as trained, unless model.dtype says otherwise; with lora bfloat16, as a base."""
+        if self.lora is not None:
+            return "bfloat16"
         return "float32" if self.model.dtype == "auto" else self.model.dtype
 
     def digest(self) -> str:
-        return digest(self.model_dump(by_alias=True))
+        """Of every value; keys that came later do not count while they are null."""
+        tree = self.model_dump(by_alias=True)
+        for section, key in ((tree, "lora"), (tree["model"], "base")):
+            if section[key] is None:
+                del section[key]
+        return digest(tree)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -41,7 +41,8 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, bias, target = ctx.saved_tensors
         cast = weight.to(hidden.dtype)
         to_hidden = torch.empty_like(hidden)
-        to_weight = torch.zeros_like(weight, dtype=torch.float32)
+        # A frozen projection, as under LoRA, gets none: it would be as large as the embeddings.
+        to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         to_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for rows in _chunks(len(hidden), weight):
             logits = _logits(hidden[rows], cast, bias, ctx.scale, ctx.cap)
@@ -55,8 +56,9 @@ class _TokenLogps(torch.autograd.Function):
                 to_bias += (own * to_logits).sum(0)
             narrow, own = to_logits.to(hidden.dtype), own.to(hidden.dtype)
             torch.mul(narrow @ cast, own, out=to_hidden[rows])
-            to_weight += narrow.T @ (hidden[rows] * own)
-        return to_hidden, to_weight.to(weight.dtype), to_bias, None, None, None
+            if to_weight is not None:
+                to_weight += narrow.T @ (hidden[rows] * own)
+        return to_hidden, None if to_weight is None else to_weight.to(weight.dtype), to_bias, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None) -> Tensor:

@@ -66,6 +66,14 @@ def settled(settings: Optimisation, section: str, scored: Precision | None = Non
     return settings.model_copy(update={"bf16": of_products(wanted, f"{section}.bf16") == "bfloat16"})
 
 
+def on_a_base(settings: Optimisation) -> Optimisation:
+    """``settings`` for adapters on a bfloat16 base, whatever bf16 says: no autocast, which would round them too."""
+    best, reason = fastest()
+    if best == "float32":
+        logger.warning("lora: its base is in bfloat16, but %s; a step may take 20 times as long", reason)
+    return settings.model_copy(update={"bf16": False})
+
+
 def of_generation(dtype: Literal["auto", "float32", "bfloat16"]) -> Precision:
     """What generation casts the weights to."""
     if dtype != "auto":

@@ -6,12 +6,13 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpaw_core.artifacts import checkpoint
+from tpaw_core.artifacts import adapters, checkpoint
 from tpaw_core.data.rows import Row, read_rows
 from tpaw_core.errors import TpawError
-from tpaw_core.stages import data, encode
+from tpaw_core.stages import data, encode, members, storage
 from tpaw_core.stages.context import Context
 from tpaw_core.stages.storage import readable
 
@@ -119,24 +120,27 @@ def _model(context: Context, tokenizer: Any, problems: Problems) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tpaw_core.engine import scratch, suitability
+    from tpaw_core.engine import precision, scratch, suitability
     from tpaw_core.engine.training import loop
 
-    params, own, pad_id = context.params, context.params.model, tokenizer.pad_token_id
+    params, own, pad_id, adapter = context.params, context.params.model, tokenizer.pad_token_id, None
     with problems.found():
         if own.model_name_or_path is None:
             assert own.scratch is not None
             model = scratch.model(own.scratch, tokenizer, max_length=own.max_length, seed=params.seed)
             problems += suitability.reasons(model, tokenizer, max_length=own.max_length, pad_id=pad_id)
         else:
-            source = context.source(own.model_name_or_path)
-            config, _ = checkpoint.load_settings(source, own.revision)
+            source, revision, _, adapter = members.start(context)
+            config, _ = checkpoint.load_settings(source, revision)
+            if params.lora is not None and params.generation.backend == "vllm":
+                with problems.found():
+                    members.need_servable(source, config, precision.of_generation(params.generation.dtype))
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
             known = list(suitability.of_structure(model, tokenizer, own.max_length))
             problems += [f"model {own.model_name_or_path!r}: {reason}" for reason in known]
             if not known and 4 * model.num_parameters() <= PROBED:
-                loaded = checkpoint.load_model(source, dtype="float32", revision=own.revision)
+                loaded = checkpoint.load_model(source, dtype="float32", revision=revision)
                 of_behaviour = suitability.of_behaviour(loaded, pad_id)
                 problems += [f"model {own.model_name_or_path!r}: {reason}" for reason in of_behaviour]
             elif not known:
@@ -144,22 +148,26 @@ def _model(context: Context, tokenizer: Any, problems: Problems) -> None:
         for settings in _trained(context).values():
             with problems.found():
                 loop.need_checkpointing(model, settings)
-        _resources(context, model.num_parameters(), problems)
+        _resources(context, model, adapter, problems)
 
 
-def _resources(context: Context, parameters: int, problems: Problems) -> None:
+def _resources(context: Context, model: Any, adapter: Path | None, problems: Problems) -> None:
     """What a run needs for certain, and what the machine has."""
     import psutil
     import torch
 
-    from tpaw_core.engine import precision
+    params, parameters = context.params, model.num_parameters()
+    own = parameters if params.lora is None else adapters.parameters(model, params.lora, adapter)
 
-    params = context.params
-    memory, optimiser = max(
-        ((4 + 4 + next((size for known, size in STATES.items() if name.startswith(known)), 8)) * parameters, name)
-        for name in (settings.optim.lower() for settings in _trained(context).values())
-    )
-    disk = COPIES * (len(params.iterations) + 1) * precision.checkpoint_bytes(parameters, params.checkpoint_dtype)
+    def needs(section: str, optimiser: str) -> int:
+        states = next((size for known, size in STATES.items() if optimiser.startswith(known)), 8)
+        whole = params.lora is None or (section == "sft" and params.model.model_name_or_path is None)
+        return (4 + 4 + states) * parameters if whole else 2 * parameters + (4 + 4 + states) * own
+
+    optimisers = {section: settings.optim.lower() for section, settings in _trained(context).items()}
+    memory, optimiser = max((needs(section, name), name) for section, name in optimisers.items())
+    first, each = storage.sizes(context, model, adapter)
+    disk = COPIES * (first + len(params.iterations) * each)
     cuda = torch.cuda.is_available()
     has = torch.cuda.mem_get_info()[1] if cuda else psutil.virtual_memory().total
     root = context.workspace.root
@@ -171,7 +179,7 @@ def _resources(context: Context, parameters: int, problems: Problems) -> None:
     if memory > has:
         problems.append(
             f"memory: weights, gradients and optimizer state ({optimiser}) need {readable(memory)}, but {where} has "
-            f"only {readable(has)}; use a smaller model, or set optim to rmsprop or adafactor"
+            f"only {readable(has)}; use a smaller model, or set optim to rmsprop or adafactor, or lora.r=16"
         )
     for folder in disks.values():
         share, free = disk // len(disks), shutil.disk_usage(folder).free

@@ -14,6 +14,7 @@ from tpaw_core.data.encoding import EncodedRows
 from tpaw_core.data.endings import Ending
 from tpaw_core.data.rows import read_rows
 from tpaw_core.errors import TpawError
+from tpaw_core.stages import members
 from tpaw_core.stages.context import Context
 
 logger = logging.getLogger(__name__)
@@ -49,9 +50,9 @@ def base_tokenizer(context: Context) -> tuple[Any, list[int]]:
         found = read_rows(context.workspace.train_rows)
         texts = chain.from_iterable([*(m["content"] for m in row.prompt), row.completion] for row in found)
         return scratch.tokenizer(texts, own.scratch, own.max_length), []
-    source = context.source(own.model_name_or_path)
-    settings = checkpoint.load_settings(source, own.revision)
-    tokenizer = checkpoint.load_tokenizer(source, own.revision)
+    start = members.start(context)
+    settings = checkpoint.load_settings(start.source, start.revision)
+    tokenizer = checkpoint.load_tokenizer(*start.tokenizer)
     if own.chat_template is not None:
         tokenizer.chat_template = params_file.read_template(context.workspace, own.chat_template)
     shipped = endings.configured(*settings)

@@ -10,6 +10,7 @@ from tpaw_core.artifacts.metrics import Metrics, write_metrics
 from tpaw_core.artifacts.training_log import last_quarter
 from tpaw_core.data.rows import read_rows
 from tpaw_core.stages.context import Context
+from tpaw_core.stages.members import Members
 
 SAMPLES = 20
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def evaluate(context: Context, iteration: int) -> None:
             for name in tasks
         }
         results = harness.evaluate(
-            checkpoint.load_model(folder, dtype=precision.of_generation(params.generation.dtype)),
+            Members(context, precision.of_generation(params.generation.dtype)).load(iteration),
             checkpoint.load_tokenizer(folder),
             held,
             params.evaluation,

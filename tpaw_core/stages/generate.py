@@ -10,6 +10,7 @@ from tpaw_core.artifacts.encoded import read_encoding
 from tpaw_core.artifacts.synthetic import write_synthetic
 from tpaw_core.method import early_warnings
 from tpaw_core.stages.context import Context
+from tpaw_core.stages.members import Members
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +39,12 @@ def generate(context: Context, iteration: int) -> None:
         }
         if settings.backend == "vllm":
             python = vllm_client.interpreter(workspace, settings)
-            responses = vllm_client.generate(folder, prompts, settings, **options, dtype=dtype, python=python)
+            source, adapter = Members(context, dtype).served(iteration - 1)
+            responses = vllm_client.generate(
+                source, prompts, settings, **options, dtype=dtype, python=python, adapter=adapter
+            )
         else:
-            model = checkpoint.load_model(folder, dtype=dtype)
+            model = Members(context, dtype).load(iteration - 1)
             responses = in_process.generate(model, prompts, settings, **options, pad_id=encoding.pad_id)
         with workspace.publish(workspace.synthetic(iteration)) as aside:
             rows, digest = context.playing(), context.encoded_digest

@@ -6,7 +6,7 @@ import shutil
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tpaw_core.artifacts import checkpoint
+from tpaw_core.artifacts import adapters, checkpoint
 from tpaw_core.artifacts.encoded import read_encoding
 from tpaw_core.artifacts.synthetic import read_responses
 from tpaw_core.artifacts.team import read_team
@@ -16,6 +16,7 @@ from tpaw_core.errors import TpawError
 from tpaw_core.method import early_warnings
 from tpaw_core.stages import storage
 from tpaw_core.stages.context import Context
+from tpaw_core.stages.members import Members, base_of
 from tpaw_core.workspace import files
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def train(context: Context, iteration: int) -> None:
-    """Checkpoint t; resumes from its last saved state if it was stopped.
+    """Checkpoint t; resumes from its last saved state if it was stopped. With lora, checkpoint t-1's adapter goes on.
 
     Reads: encoded/, checkpoints/<t-1>, teams/<t>.json, weights/<t>.parquet, the team's synthetic data
     (objective.name=sft: the rows alone). Writes: checkpoints/<t>, training/<t>.jsonl. Refuses: inputs that do not
@@ -37,6 +38,9 @@ def train(context: Context, iteration: int) -> None:
     with workspace.exclusive(f"train@{iteration}"):
         folder = context.parent(iteration)
         manifest = checkpoint.verify(workspace, iteration - 1)
+        base, adapter = base_of(context, iteration - 1)
+        if adapter is not None and params.lora is not None:
+            adapters.require(adapter, params.lora)
         tokenizer, encoded = checkpoint.load_tokenizer(workspace.tokenizer), context.encoded()
         encoding = read_encoding(workspace)
         objective, settings = params.objective_at(iteration), _settings(context, iteration)
@@ -47,6 +51,8 @@ def train(context: Context, iteration: int) -> None:
             "objective": objective.model_dump(mode="json", by_alias=True, exclude={"gamma", "player_weighting"}),
             "training": settings.model_dump(mode="json"),
         }
+        if params.lora is not None:
+            deciding["lora"] = params.lora.model_dump(mode="json")
         made_from, team = [*context.rows], []
         if objective.name == "sft":
             learn: Any = partial(loop.sft, rows=list(zip(encoded.prompts, encoded.chosen, strict=True)))
@@ -56,9 +62,11 @@ def train(context: Context, iteration: int) -> None:
             made_from.append(workspace.weights(iteration))
             team = [member.digest for member in read_team(workspace, iteration).members]
         sums = {workspace.name(path): files.sha256(path) for path in made_from}
-        origin = checkpoint.Origin(manifest.digest, team, sums, deciding)
-        state = workspace.training_state / f"{iteration}-{files.digest(origin)[:16]}"
-        model = checkpoint.load_model(folder, dtype="float32")
+        state = workspace.training_state / f"{iteration}-{files.digest([manifest.digest, team, sums, deciding])[:16]}"
+        origin = checkpoint.Origin(manifest.digest, team, sums, deciding, base if params.lora else None)
+        model = Members(context, "bfloat16" if params.lora else "float32").load(iteration - 1)
+        if params.lora is not None and adapter is None:
+            adapters.attach(model, params.lora, params.seed)
         with context.recorded(iteration) as on_log:
             log = learn(
                 model,
@@ -91,10 +99,16 @@ def _settings(context: Context, iteration: int) -> Optimisation:
     from tpaw_core.engine import precision
 
     settings, how = context.params.training_at(iteration), f"with `tpaw weights --iteration {iteration}`"
+    lora = context.params.lora is not None
     if context.params.objective.name == "sft":
-        return precision.settled(settings, "training")
+        return precision.on_a_base(settings) if lora else precision.settled(settings, "training")
     path = files.need(context.workspace.weights(iteration), f"make it {how}")
     scored = scored_in(path)
+    if lora != (scored == "bfloat16_base"):
+        trained = "LoRA is trained on a bfloat16 base" if lora else "without lora all weights are trained"
+        raise TpawError(f"{path}: was scored in {scored}, and {trained}; make it again {how}")
+    if scored == "bfloat16_base":
+        return precision.on_a_base(settings)
     if scored is not None and settings.bf16 != "auto" and settings.bf16 != (scored == "bfloat16"):
         asked = f"training.bf16={str(settings.bf16).lower()} asks for the other precision"
         raise TpawError(f"{path}: was scored in {scored}, but {asked}; recreate it {how}")

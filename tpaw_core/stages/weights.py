@@ -12,12 +12,13 @@ from tpaw_core.artifacts.team import Team, read_team
 from tpaw_core.artifacts.weights import Weights, write_weights
 from tpaw_core.errors import Diverged, TpawError
 from tpaw_core.stages.context import Context
+from tpaw_core.stages.members import Members
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from tpaw_core.config.params import Precision
+    from tpaw_core.config.params import Regime
     from tpaw_core.data.encoding import EncodedRows
     from tpaw_core.data.tokens import Pair
 
@@ -32,6 +33,7 @@ def weights(context: Context, iteration: int) -> None:
     """
     from tpaw_core.engine import precision
 
+    lora = context.params.lora is not None
     workspace, registry = context.workspace, context.registry
     with workspace.exclusive(f"weights@{iteration}"):
         team = read_team(workspace, iteration)
@@ -42,11 +44,13 @@ def weights(context: Context, iteration: int) -> None:
                     f"{which} recorded in teams/{iteration}.json; rerun `tpaw team --iteration {iteration}`"
                 )
         encoded = context.encoded()
-        products = precision.of_products(context.params.training.bf16, "training.bf16")
-        pairs, table, scored = _scores(context, team, encoded, read_encoding(workspace).pad_id, products)
+        regime: Regime = "bfloat16_base"
+        if not lora:
+            regime = precision.of_products(context.params.training.bf16, "training.bf16")
+        pairs, table, scored = _scores(context, team, encoded, read_encoding(workspace).pad_id, regime)
         known = _weights(context, team, encoded, pairs, table)
         with workspace.publish(workspace.weights(iteration)) as aside:
-            write_weights(aside, known, context.encoded_digest, products)
+            write_weights(aside, known, context.encoded_digest, regime)
         logger.info("%d (row, player) pairs: %d scored now, the rest already stored", table.size, scored)
         if registry:
             counts = {"scoring/new": scored, "scoring/pairs": table.size}
@@ -54,7 +58,7 @@ def weights(context: Context, iteration: int) -> None:
 
 
 def _scores(
-    context: Context, team: Team, encoded: EncodedRows, pad_id: int, products: Precision
+    context: Context, team: Team, encoded: EncodedRows, pad_id: int, regime: Regime
 ) -> tuple[list[Pair], NDArray[np.float64], int]:
     """The pairs of targets, then of each opponent's answers; their scores [pairs, judges]; how many were computed."""
     import numpy as np
@@ -63,8 +67,9 @@ def _scores(
     from tpaw_core.engine import scoring
 
     workspace, scored = context.workspace, 0
-    settings = f"{products}-{code.digests()['engine'][:12]}"
+    settings = f"{regime}-{code.digests()['engine'][:12]}"
     digest = context.encoded_digest
+    members = Members(context, "bfloat16" if regime == "bfloat16_base" else "float32")
     stores = [score_store.ScoreStore(workspace.scores, member.digest, settings) for member in team.judges]
     # A player's earlier requests are repeated first, so that what is computed now has the same bytes as then.
     for earlier in range(team.judges[-1].iteration + 1, team.iteration + 1):
@@ -79,9 +84,8 @@ def _scores(
             if member.digest not in [judge.digest for judge in then.judges]:
                 continue
 
-            def score(new: list[Pair], name: str = member.checkpoint) -> Any:
-                model = checkpoint.load_model(workspace.place(name), dtype="float32")
-                return scoring.batches(model, new, pad_id=pad_id, bf16=products == "bfloat16")
+            def score(new: list[Pair], player: int = member.iteration) -> Any:
+                return scoring.batches(members.load(player), new, pad_id=pad_id, bf16=regime == "bfloat16")
 
             values, new = store.scores(pairs, score, keys)
             columns.append(values)

@@ -67,6 +67,7 @@ class Registry:
                     "iteration": str(iteration),
                     "digest": manifest.digest,
                     "parent": manifest.parent or "",
+                    **({"base": manifest.base.digest} if manifest.base else {}),
                     "recipe": self.params.recipe,
                     "run": run.data.tags.get("mlflow.parentRunId", run_id),
                 },

@@ -35,6 +35,7 @@ def text(workspace: Workspace, iteration: int) -> str:
         lines.append(f"checkpoint {found.iteration}  {found.digest}")
         facts = {
             "trained from": found.parent,
+            "an adapter on": found.base and f"{found.base.source} {found.base.revision or ''} {found.base.digest}",
             "team": ", ".join(digest[:12] for digest in found.team),
             **{f"read {name}": digest for name, digest in found.made_from.items()},
             "params": " ".join(f"{name}={value}" for name, value in flat(found.params).items()),

@@ -2,7 +2,7 @@
 
 A lineage stays whole: of a deleted checkpoint, the manifest, its synthetic data, weights, logs and figures stay. Kept
 are checkpoint 0, from which a changed setting starts again; the members of the next team; what has an alias in MLflow;
-and in DVC's cache what a git tag names.
+the base of an adapter that is kept; and in DVC's cache what a git tag names.
 """
 
 from __future__ import annotations
@@ -59,13 +59,16 @@ def _kept(context: Context, made: list[int]) -> set[int]:
     except ValueError as error:
         raise TpawError(f"prune: {error}; what the next team needs is unknown, so nothing can be deleted") from None
     named = registry.aliased() if registry else set()
-    return {
+    manifests = {t: checkpoint.manifest(workspace, t) for t in made}
+    kept = {
         t
         for t in made
         if t in (0, last, *(member.iteration for member in members))
-        or checkpoint.manifest(workspace, t).digest in named
+        or manifests[t].digest in named
         or not workspace.metrics(t).exists()  # not yet measured
     }
+    bases = {base.digest for t in kept if (base := manifests[t].base) is not None}
+    return kept | {t for t in made if manifests[t].digest in bases}
 
 
 def _pruned(workspace: Workspace) -> list[int]:

@@ -23,6 +23,8 @@ from tpaw_core.artifacts.weights import read_weights
 from tpaw_core.data import prepare
 from tpaw_core.data.rows import read_rows
 from tpaw_core.errors import TpawError
+from tpaw_core.stages import members
+from tpaw_core.stages.context import Context
 from tpaw_core.workspace import files, records
 from tpaw_core.workspace.paths import Workspace
 
@@ -52,20 +54,21 @@ class Findings:
             self.disagreements.append(f"{path}: cannot be read ({reason}); {remedy}")
 
 
-def check(workspace: Workspace, registry: Registry | None) -> Findings:
+def check(context: Context) -> Findings:
     """Look at all of a workspace; of a pruned checkpoint the manifest counts."""
-    found = Findings(workspace)
+    found = Findings(context.workspace)
     _rows(found)
     _encoded(found)
     _checkpoints(found)
+    _bases(found, context)
     _synthetic(found)
     _teams(found)
     _weights(found)
     _records(found)
     _scores(found)
     _outputs(found)
-    if registry is not None:
-        _versions(found, registry)
+    if context.registry is not None:
+        _versions(found, context.registry)
     return found
 
 
@@ -118,6 +121,17 @@ def _checkpoints(found: Findings) -> None:
                     f"{folder}: was made by a different version of the code ({', '.join(parts)}); "
                     f"`dvc repro --force --single-item {stage}` reruns it"
                 )
+
+
+def _bases(found: Findings, context: Context) -> None:
+    """Of adapters: still where it can be found, and unchanged."""
+    workspace = found.workspace
+    manifests = [
+        checkpoint.manifest(workspace, t) for t in workspace.iterations("checkpoints") if _digest(workspace, t)
+    ]
+    for base in {m.base.digest: m.base for m in manifests if m.base is not None}.values():
+        with found.of("bases", Path(base.source)):
+            members.place(context, base)
 
 
 def _synthetic(found: Findings) -> None:

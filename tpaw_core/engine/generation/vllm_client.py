@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PYTHON = ".venv-vllm/bin/python"  # where `make vllm` puts it
 WORKER = Path(__file__).with_name("vllm_worker.py")
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vllm has room
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
@@ -39,7 +40,7 @@ def interpreter(workspace: Workspace, settings: Generation) -> Path:
 
 
 def generate(
-    model: Path,
+    model: str,
     prompts: Sequence[Ids],
     settings: Generation,
     *,
@@ -48,14 +49,19 @@ def generate(
     seed: int,
     dtype: str,
     python: Path,
+    adapter: tuple[Path, int] | None = None,
 ) -> list[Response]:
     """One response per prompt, from a process that gives the accelerator back when it ends.
+
+    ``adapter``: the folder of a LoRA adapter on ``model``, and its rank.
 
     Raises TpawError if vllm fails.
     """
     room = limits(prompts, max_new_tokens=settings.max_new_tokens, max_length=max_length)
     request = {
-        "model": str(model),
+        "model": model,
+        "adapter": str(adapter[0].absolute()) if adapter else None,
+        "rank": next((rank for rank in RANKS if adapter and rank >= adapter[1]), RANKS[-1]),
         "dtype": dtype,
         "prompts": [list(prompt) for prompt in prompts],
         "max_tokens": room,

@@ -16,6 +16,12 @@ def main(asked: str, answered: str) -> None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams
 
+    own, policy = {}, {}
+    if adapter := request["adapter"]:
+        from vllm.lora.request import LoRARequest
+
+        own = {"enable_lora": True, "max_loras": 1, "max_lora_rank": request["rank"]}
+        policy = {"lora_request": LoRARequest("policy", 1, adapter)}
     model = LLM(
         request["model"],
         dtype=request["dtype"],
@@ -24,6 +30,7 @@ def main(asked: str, answered: str) -> None:
         enforce_eager=on_cpu,
         skip_tokenizer_init=True,
         trust_remote_code=False,
+        **own,
     )
     sampling = [
         SamplingParams(
@@ -37,7 +44,8 @@ def main(asked: str, answered: str) -> None:
         for number, room in enumerate(request["max_tokens"])
     ]
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
-    outputs = model.generate(prompts, sampling, use_tqdm=False)  # vllm divides by a bar's time, 0 under TQDM_DISABLE
+    # vllm divides by a bar's time, 0 under TQDM_DISABLE
+    outputs = model.generate(prompts, sampling, use_tqdm=False, **policy)
     rows = [list(output.outputs[0].token_ids) for output in outputs]
     with open(answered + ".part", "w") as file:
         json.dump(rows, file)

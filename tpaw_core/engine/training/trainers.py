@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer
 
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
 
 
 NO_ROW = torch.iinfo(torch.int64).max
+STATE = "adapter.safetensors"
+# Up to which share passes of one model may differ, as they are packed differently; a coarse one would hide learning.
+ROUNDING, ROUNDING_OF_BFLOAT16 = 1e-5, 2**-7
 
 
 class PartsTrainer(Trainer):
@@ -31,6 +37,32 @@ class PartsTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # each batch is a mean: Trainer divides by how many are accumulated
         self._means: dict[str, list[tuple[Tensor, int]]] = {}
         self._broken = torch.tensor(NO_ROW)
+
+    @property
+    def _has_frozen_base(self) -> bool:
+        return bool(getattr(self.model, "peft_config", None))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Of adapters on a frozen base, a state holds the adapter alone; Trainer would not read what it writes."""
+        if not self._has_frozen_base:
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: p.detach().contiguous() for name, p in self._trained()}, folder / STATE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._has_frozen_base:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = load_file(Path(resume_from_checkpoint, STATE))
+        with torch.no_grad():
+            for name, parameter in self._trained():
+                parameter.copy_(saved[name])
+
+    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        model = cast(torch.nn.Module, self.model)
+        return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs  # accelerate has brought them to the device
@@ -90,7 +122,10 @@ class SelfPlayTrainer(PartsTrainer):
         logps = model(inputs.pack)
         chosen, rejected = logps[inputs.chosen], logps[inputs.rejected]
         # Scoring packs differently: without this, P_{t-1} = 0 at the first step would fall on either side by rounding.
-        same = (chosen.detach()[:, None] - inputs.players_chosen).abs() <= 1e-5 * inputs.players_chosen.abs()
+        # On a bfloat16 base rounding is larger than what a step changes, so that holds before the first step alone.
+        before_bfloat16 = self.state.global_step == 0 and cast(Any, self.model).dtype == torch.bfloat16
+        near = (ROUNDING_OF_BFLOAT16 if before_bfloat16 else ROUNDING) * inputs.players_chosen.abs()
+        same = (chosen.detach()[:, None] - inputs.players_chosen).abs() <= near
         players_chosen = torch.where(same, chosen.detach()[:, None], inputs.players_chosen)
         players = players_chosen, inputs.players_rejected, inputs.beta
         batch = LogProbs(

@@ -1,0 +1,163 @@
+"""Members: checkpoints as models in memory, and what checkpoint 0 starts from.
+
+Members that are adapters share their base: it is loaded once, in bfloat16, and adapters are switched on it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tpaw_core.artifacts import adapters, checkpoint, pretrained
+from tpaw_core.artifacts.checkpoint import Base
+from tpaw_core.errors import TpawError
+from tpaw_core.stages.context import Context
+from tpaw_core.workspace import files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tpaw_core.config.params import Precision
+
+
+class Start(NamedTuple):
+    """What the parameters name as the model that checkpoint 0 starts from."""
+
+    source: str  # of the whole model: a folder or a hub id
+    revision: str | None
+    name: str  # of the whole model, as the parameters or the adapter have it
+    adapter: Path | None  # the folder of an adapter on it
+
+    @property
+    def tokenizer(self) -> tuple[str, str | None]:
+        """Where it is, and its revision: an adapter's own, if it brings one."""
+        if self.adapter is not None and (self.adapter / "tokenizer_config.json").exists():
+            return str(self.adapter), None
+        return self.source, self.revision
+
+    def read(self) -> dict[str, str]:
+        """The files of an adapter and their digests."""
+        paths = [] if self.adapter is None else [self.adapter / adapters.CONFIG, self.adapter / adapters.WEIGHTS]
+        return {str(path): files.sha256(path) for path in paths}
+
+    def base(self) -> Base:
+        return Base(source=self.name, revision=self.revision, digest=checkpoint.base_digest(self.source, self.revision))
+
+
+def start(context: Context) -> Start:
+    """Of a recipe that names a model. Raises TpawError for an adapter that cannot be trained on, or without a base."""
+    own, lora = context.params.model, context.params.lora
+    assert own.model_name_or_path is not None
+    source = context.source(own.model_name_or_path)
+    folder = pretrained.adapter(source, own.revision) if lora else None
+    if folder is None or lora is None:
+        return Start(source, own.revision, own.model_name_or_path, None)
+    config = adapters.read_config(folder)
+    adapters.require(folder, lora)
+    name = own.base or config.base_model_name_or_path
+    if not name:
+        raise TpawError(f"{folder}: this adapter does not say what its base is; name a folder or hub id in model.base")
+    revision = None if own.base else config.revision
+    if (name.startswith(("/", ".", "~")) or name.count("/") > 1) and not context.workspace.input(name).exists():
+        raise TpawError(f"{folder}: the base of this adapter is not at {name}; name its folder or hub id in model.base")
+    return Start(context.source(name), revision, name, folder)
+
+
+def base_of(context: Context, iteration: int) -> tuple[Base, Path | None]:
+    """The base of checkpoint ``iteration`` and the folder of its adapter; a whole checkpoint is a base, without one."""
+    workspace = context.workspace
+    folder, manifest = workspace.checkpoint(iteration), checkpoint.manifest(workspace, iteration)
+    if manifest.base is None:
+        return Base(source=workspace.name(folder), revision=None, digest=manifest.digest), None
+    return manifest.base, folder
+
+
+def place(context: Context, base: Base) -> tuple[str, str | None]:
+    """Where a base is now, and its revision: the first place that its manifest or the parameters name with its digest.
+
+    Raises TpawError where none does.
+    """
+    own, inside = context.params.model, context.workspace.place(base.source)
+    places = [(base.source, base.revision), (own.base, None), (own.model_name_or_path, own.revision)]
+    found: list[tuple[str, str | None]] = [(str(inside), None)] if inside.is_dir() else []
+    found += [(context.source(name), revision) for name, revision in places if name is not None]
+    why = {}
+    for source, revision in dict.fromkeys(found):
+        try:
+            digest = checkpoint.base_digest(source, revision)
+        except TpawError as error:
+            why[source] = str(error)
+            continue
+        if digest == base.digest:
+            return source, revision
+        why[source] = f"{source}: is another model ({digest[:12]})"
+    raise TpawError(
+        f"the base of the adapters, {base.source} ({base.digest[:12]}), was not found: {'; '.join(why.values())}. "
+        "Restore it (a checkpoint: `dvc checkout`), or name the folder that it was moved to in model.base"
+    )
+
+
+def load_base(source: str, revision: str | None = None, device: str | None = None) -> PreTrainedModel:
+    """A whole model as adapters are trained on it."""
+    return checkpoint.load_model(source, dtype="bfloat16", revision=revision, device=device)
+
+
+def need_servable(source: str, config: Any, dtype: Precision) -> None:
+    """Raises TpawError for a base with this config that a server would load in other numbers than it is trained in."""
+    stored = str(config.dtype).removeprefix("torch.")
+    if dtype == "float32" and stored != "bfloat16":
+        raise TpawError(
+            f"generation.dtype=float32: the adapters' base {source} is stored in {stored}, and vllm would not round it "
+            "to bfloat16, in which they are trained; set generation.dtype=bfloat16"
+        )
+
+
+class Members:
+    """Loads checkpoints, one at a time, to compute in ``dtype``. Under adapters a base is rounded to bfloat16 first."""
+
+    def __init__(self, context: Context, dtype: Precision) -> None:
+        self._context, self._dtype = context, dtype
+        self._digest: str | None = None
+        self._model: PreTrainedModel | None = None
+
+    def load(self, iteration: int) -> PreTrainedModel:
+        """In evaluation mode. One object for all members on one base: it computes as the member loaded last.
+
+        Raises TpawError for an adapter where the parameters train all weights.
+        """
+        context, folder = self._context, self._context.workspace.checkpoint(iteration)
+        base, adapter = self._parts(iteration)
+        if context.params.lora is None:
+            return checkpoint.load_model(folder, dtype=self._dtype)
+        if self._model is None or self._digest != base.digest:
+            self._model = None  # before there are two
+            self._model, self._digest = load_base(*place(context, base)), base.digest
+            if self._dtype == "float32":
+                self._model.float()
+        adapters.use(self._model, adapter, checkpoint.manifest(context.workspace, iteration).digest)
+        return self._model
+
+    def served(self, iteration: int) -> tuple[str, tuple[Path, int] | None]:
+        """For a server that loads by itself: the whole model, and the folder and rank of its adapter.
+
+        Raises TpawError as `load` does, and where a server would not load the base as it is trained.
+        """
+        context = self._context
+        base, adapter = self._parts(iteration)
+        if context.params.lora is None:
+            return str(context.workspace.checkpoint(iteration)), None
+        source, revision = place(context, base)
+        need_servable(source, pretrained.load_config(source, revision), self._dtype)
+        if revision is not None:  # a server takes a folder or a hub id
+            source = pretrained.snapshot(source, revision)
+        return source, None if adapter is None else (adapter, adapters.rank(adapter))
+
+    def _parts(self, iteration: int) -> tuple[Base, Path | None]:
+        base, adapter = base_of(self._context, iteration)
+        if self._context.params.lora is None and adapter is not None:
+            config = adapters.read_config(adapter)
+            raise TpawError(
+                f"{adapter}: is a LoRA adapter, and lora is null, which trains all weights; set lora.r={config.r} "
+                f"lora.alpha={config.lora_alpha:g}, or make the checkpoints again from `tpaw sft` on"
+            )
+        return base, adapter
