@@ -92,7 +92,7 @@ def test_without_validation_rows_their_file_is_there_and_empty(made: Workspace) 
 def test_rows_of_other_data_are_refused(change: str, made: Workspace) -> None:
     if change == "edited":
         made.train_rows.write_text("other rows")
-        message = rf"{made.encoded('train')}: was made from other rows than data/train\.jsonl; recreate it with `tpaw"
+        message = rf"{made.encoded('train')}: was not made from the current data/train\.jsonl; recreate it with `tpaw"
     else:
         made.train_rows.unlink()
         message = rf"{made.train_rows}: does not exist; get it back with `dvc checkout data`, or recreate it with `tp"
@@ -103,13 +103,13 @@ def test_rows_of_other_data_are_refused(change: str, made: Workspace) -> None:
 
 def test_validation_rows_that_were_added_since_are_refused(made: Workspace) -> None:
     made.validation_rows.write_text("rows")
-    with pytest.raises(TpawError, match=r"validation\.parquet: was made from other rows than data/validation\.jsonl"):
+    with pytest.raises(TpawError, match=r"validation\.parquet: was not made from the current data/validation\.jsonl"):
         read_encoded(made, "validation")
 
 
 def test_a_file_with_another_file_s_rows_is_refused(made: Workspace) -> None:
     made.encoded("heldout").write_bytes(made.encoded("train").read_bytes())
-    with pytest.raises(TpawError, match=r"heldout\.parquet: was made from other rows than data/heldout\.jsonl"):
+    with pytest.raises(TpawError, match=r"heldout\.parquet: was not made from the current data/heldout\.jsonl"):
         read_encoded(made, "heldout")
 
 

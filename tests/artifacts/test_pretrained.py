@@ -83,21 +83,21 @@ def test_what_other_heads_or_kinds_of_models_hold_is_refused_before_weights_are_
         ("labels", "llama", AutoModelForSequenceClassification, SIZES, "was saved as LlamaForSequenceClassification"),
         ("vectors", "qwen2", AutoModel, SIZES, "was saved as Qwen2Model, without the head of a language model"),
         ("t5", "t5", AutoModelForSeq2SeqLM, T5, r"is an encoder-decoder \(t5\)"),
-        ("vit", "vit", AutoModel, PICTURES, "is of the type vit, not a causal language model"),
-        ("gemma3", "gemma3", AutoModelForImageTextToText, GEMMA3, "is of the type gemma3, a language model with"),
-        ("llava", "llava", AutoModelForImageTextToText, LLAVA, "is of the type llava with a part for images or sound"),
+        ("vit", "vit", AutoModel, PICTURES, "has type vit, which is not a text-only causal language model"),
+        ("gemma3", "gemma3", AutoModelForImageTextToText, GEMMA3, "has type gemma3, a language model that also takes"),
+        ("llava", "llava", AutoModelForImageTextToText, LLAVA, "has type llava with a part for images or sound"),
     ]:
         save(tmp_path / name, kind, loader, **sizes)
         (tmp_path / name / "model.safetensors").unlink()
         for load in (checkpoint.load_settings, checkpoint.load_model):
-            with pytest.raises(TpawError, match=f"^model '{tmp_path / name}': {reason}.*name "):
+            with pytest.raises(TpawError, match=f"^model '{tmp_path / name}': {reason}.*use a "):
                 load(tmp_path / name)
 
 
 def test_a_quantised_checkpoint_is_refused_by_the_name_of_its_method(tmp_path: Path) -> None:
     save(tmp_path)
     edit_config(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32})
-    with pytest.raises(TpawError, match=r"is quantised \(gptq\).*name the checkpoint in 16 or 32 bits"):
+    with pytest.raises(TpawError, match=r"is quantised \(gptq\).*use the 16- or 32-bit checkpoint"):
         checkpoint.load_model(tmp_path)
 
 
@@ -122,7 +122,7 @@ def test_of_a_wrapper_that_has_a_text_class_the_language_model_is_loaded(
     with caplog.at_level(logging.INFO, "tpaw_core"):
         model = checkpoint.load_model(tmp_path, device="cpu")
     assert type(model).__name__ == "Qwen3_5ForCausalLM"
-    assert "its language model alone is used" in caplog.text
+    assert "using only its language model" in caplog.text
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, both(ids).logits)
@@ -132,11 +132,11 @@ def test_of_a_wrapper_that_has_a_text_class_the_language_model_is_loaded(
     ("damage", "reason"),
     [
         (without_a_weight, r"1 of its weights are not in its files \(model\.layers\.1\.mlp\.up_proj\.weight\)"),
-        (lambda folder: edit_config(folder, intermediate_size=18), "6 of its weights have another shape there"),
+        (lambda folder: edit_config(folder, intermediate_size=18), "6 of its weights have a different shape there"),
         (lambda folder: edit_config(folder, num_hidden_layers=3), "9 of its weights are not in its files"),
         (
             lambda folder: edit_config(folder, model_type="own", auto_map={"AutoConfig": "code.OwnConfig"}),
-            "cannot be loaded. It brings code of its own, which is never run",
+            "cannot be loaded. It needs custom code, which tpaw never runs",
         ),
         (cut_in_half, r"cannot be loaded\. The folder must hold"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": '), "cannot be loaded.*not a valid JSON"),
@@ -198,7 +198,7 @@ def test_of_several_chat_templates_the_default_is_kept(tmp_path: Path, caplog: p
     with caplog.at_level(logging.INFO, "tpaw_core"):
         loaded = checkpoint.load_tokenizer(tmp_path / "several")
     assert loaded.chat_template == "{{ messages[0]['content'] }}"
-    assert "of its chat templates, 'default' is used (not: rag)" in caplog.text
+    assert "using its chat template 'default' (others: rag)" in caplog.text
     loaded.save_pretrained(tmp_path / "one")
     assert all(path.is_file() for path in (tmp_path / "one").iterdir())  # a checkpoint has no folders
     assert checkpoint.load_tokenizer(tmp_path / "one").chat_template == loaded.chat_template

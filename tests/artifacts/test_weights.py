@@ -89,7 +89,7 @@ def test_a_missing_column_is_refused(tmp_path: Path) -> None:
 def test_weights_of_other_encoded_rows_are_refused(tmp_path: Path, known: Weights) -> None:
     path = tmp_path / "3.parquet"
     write_weights(path, known, DIGEST, "float32")
-    message = rf"{path}: was made from other rows than encoded/train\.parquet; recreate it with `tpaw weights"
+    message = rf"{path}: was not made from the current encoded/train\.parquet; recreate it with `tpaw weights"
     with pytest.raises(TpawError, match=f"{message} --iteration 3`"):
         read_weights(path, 2, "e" * 64)
     assert read_weights(path, 2).prompt_ids == known.prompt_ids  # whichever rows they are
@@ -97,7 +97,7 @@ def test_weights_of_other_encoded_rows_are_refused(tmp_path: Path, known: Weight
 
 def test_a_file_from_before_rows_were_encoded_once_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "1.parquet", PAIRS, [-1.0, -2.0])
-    with pytest.raises(TpawError, match="was made from other rows"):
+    with pytest.raises(TpawError, match="was not made from the current"):
         read_weights(path, 2, DIGEST)
 
 

@@ -190,7 +190,7 @@ def test_families_give_the_greedy_answers_of_transformers_own_loop(
     responses = of_family(model, prompts)
     for prompt, response in zip(prompts, responses, strict=True):
         assert list(response.ids) == alone(model, prompt)
-    line = f"{type(model).__name__}: decoded by {expected.name}, as its cache holds recurrent states"
+    line = f"{type(model).__name__}: decoded by {expected.name}, because its cache holds recurrent states"
     assert (line in caplog.text) == (expected is not way.FAST)
     assert of_family(model, prompts, temperature=1.0) == of_family(model, prompts, temperature=1.0, batch_size=100)
 
@@ -198,12 +198,12 @@ def test_families_give_the_greedy_answers_of_transformers_own_loop(
 @pytest.mark.parametrize(
     ("kind", "changes", "line"),
     [
-        ("rwkv", {}, "RwkvForCausalLM: decoded by transformers' generate without a cache, as"),
+        ("rwkv", {}, "RwkvForCausalLM: decoded by transformers' generate without a cache, because"),
         ("recurrent_gemma", GRIFFIN, "RecurrentGemmaForCausalLM: decoded by transformers' generate in batches of"),
         (
             "mamba",
             {"state_size": 4, "intermediate_size": 64},
-            "MambaForCausalLM: decoded by transformers' generate, as",
+            "MambaForCausalLM: decoded by transformers' generate, because",
         ),
     ],
 )

@@ -42,7 +42,7 @@ def test_families_that_share_prompts(
     ("kind", "changes", "reason"),
     [
         ("mistral", {"sliding_window": 4}, "with a window of 4"),
-        ("gemma2", {"query_pre_attn_scalar": 8}, "it caps attention's logits"),
+        ("gemma2", {"query_pre_attn_scalar": 8}, "it soft-caps attention logits"),
         ("gemma2", {"query_pre_attn_scalar": 8, "sliding_window": 4}, "with a window of 4"),
         ("bloom", {"n_layer": 2, "n_head": 4}, "its attention cannot be replaced"),
     ],
@@ -83,7 +83,7 @@ def test_a_head_that_is_not_known_is_computed_by_the_model_itself(
         packed = pack(SMALL)
         found = logps.response_logps(model, packed)
     assert "layout" in packed.inputs  # prompts are shared all the same
-    assert "its own logits are used, which takes more memory" in caplog.text
+    assert "computing full logits, which takes more memory" in caplog.text
     assert_same(model, found, group_logps(model, SMALL))
 
 

@@ -81,8 +81,8 @@ def test_positions_that_do_not_reach_max_length(kind: str, changes: dict[str, An
 def test_tokens_without_an_embedding_are_counted_and_named() -> None:
     (reason,) = reasons(model(), tokenizer(34))
     assert reason.startswith(
-        "2 tokens of its tokenizer have no embedding (it has 32 rows; 'word32' is 32, 'word33' is 33); add rows with "
-        "resize_token_embeddings(34)"
+        "2 tokens of its tokenizer have no embedding (the embedding has 32 rows; 'word32' is 32, 'word33' is 33); "
+        "add rows with resize_token_embeddings(34)"
     )
 
 
@@ -144,14 +144,14 @@ def test_a_config_that_contradicts_itself_is_a_sentence() -> None:
     layers = {"num_hidden_layers": 2, "layer_types": ["mamba", "hybrid"], "head_dim": 16}
     own = model("zamba2", **{**LLAMA, **layers, "n_mamba_heads": 4, "mamba_headdim": 8, "mamba_d_state": 8})
     (reason,) = reasons(own)
-    assert reason.startswith("Zamba2ForCausalLM fails on a few tokens (KeyError: 1); correct its config.json where it")
+    assert reason.startswith("Zamba2ForCausalLM fails on a short test input (KeyError: 1); correct its config.json, or")
 
 
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
         (_nan, "its log-probabilities in float32 are not numbers"),
-        (_broken, "LlamaForCausalLM fails on a few tokens (RuntimeError:"),
+        (_broken, "LlamaForCausalLM fails on a short test input (RuntimeError:"),
         (_reversed, "decoding token by token differs from its plain forward pass"),
     ],
 )

@@ -86,7 +86,7 @@ def test_a_command_ends_with_who_asked_for_it(server: psutil.Popen, tmp_path: Pa
         for kind in (signal.SIGKILL, signal.SIGTERM):
             asking = subprocess.Popen([*TPAW, "sft"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
             assert asking.stdout is not None
-            assert asking.stdout.readline() == "sft: waiting for another one in this workspace\n"
+            assert asking.stdout.readline() == "sft: waiting for another command in this workspace\n"
             assert len(_jobs(server)) == 2
             asking.send_signal(kind)
             asking.wait()

@@ -175,7 +175,7 @@ def test_a_damaged_checkpoint_is_named(
     refused(rf"checkpoints/0/{message}", workspace, stage, iteration)
 
 
-OTHER_ROWS = r"was made from other rows than data/{}\.jsonl; recreate it with `tpaw encode`"
+OTHER_ROWS = r"was not made from the current data/{}\.jsonl; recreate it with `tpaw encode`"
 
 
 @pytest.mark.parametrize("how", ["edited", "gone"])
@@ -274,7 +274,7 @@ def test_weights_refuse_answers_of_other_rows(workspace: Workspace) -> None:
     data(context)
     encode(context)
     again = "recreate it with `tpaw generate --iteration 1`"
-    message = rf"synthetic/1\.parquet: was made from other rows than encoded/train\.parquet; {again}"
+    message = rf"synthetic/1\.parquet: was not made from the current encoded/train\.parquet; {again}"
     refused(message, workspace, weights, 1)
 
 
@@ -325,7 +325,7 @@ def test_train_refuses_weights_that_belong_to_others(other: str, workspace: Work
 def test_train_refuses_weights_of_other_encoded_rows(workspace: Workspace) -> None:
     write_weights(workspace.weights(2), read_weights(workspace.weights(2), 2), "0" * 64, "float32")
     again = "recreate it with `tpaw weights --iteration 2`"
-    message = rf"weights/2\.parquet: was made from other rows than encoded/train\.parquet; {again}"
+    message = rf"weights/2\.parquet: was not made from the current encoded/train\.parquet; {again}"
     refused(message, workspace, train, 2)
 
 

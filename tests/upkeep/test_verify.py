@@ -144,7 +144,7 @@ def test_a_healthy_workspace_has_nothing_that_disagrees(longer_project: Project)
         ),
         (
             lambda path: path.with_name("heldout.parquet").read_bytes(),
-            r"was made from other rows than data/train\.jsonl; recreate it with `tpaw encode`",
+            r"was not made from the current data/train\.jsonl; recreate it with `tpaw encode`",
         ),
     ],
 )

@@ -99,7 +99,7 @@ def read_encoded(workspace: Workspace, name: str, first: int | None = None) -> E
     if made_from := (table.schema.metadata or {}).get(ROWS, b""):
         files.need(_rows(workspace, name), ROWS_AGAIN)
     if made_from != _digest(workspace, name).encode():
-        raise TpawError(f"{path}: was made from other rows than data/{name}.jsonl; {AGAIN}")
+        raise TpawError(f"{path}: was not made from the current data/{name}.jsonl; {AGAIN}")
     found = EncodedRows(row_ids, places, *columns)
     if first is None or not places or places[-1] < first:
         return found

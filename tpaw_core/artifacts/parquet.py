@@ -26,4 +26,4 @@ def readable(path: Path) -> Iterator[None]:
 def refuse_other_rows(path: Path, metadata: Mapping[bytes, bytes] | None, digest: str | None, again: str) -> None:
     """Raise TpawError where a file does not belong to the encoded rows with this digest; None: whichever they are."""
     if digest is not None and (metadata or {}).get(ENCODED, b"") != digest.encode():
-        raise TpawError(f"{path}: was made from other rows than encoded/train.parquet; recreate it with `{again}`")
+        raise TpawError(f"{path}: was not made from the current encoded/train.parquet; recreate it with `{again}`")

@@ -35,7 +35,7 @@ def load_config(source: str | Path, revision: str | None = None) -> Any:
         if (reason := next(reasons(config), None)) is not None:
             raise TpawError(f"model {str(source)!r}: {reason}")
     if config.get_text_config() is not config:
-        logger.info("model %r: its language model alone is used, without its part for images or sound", str(source))
+        logger.info("model %r: using only its language model; image and audio parts are ignored", str(source))
     return config
 
 
@@ -56,12 +56,15 @@ def load_model(source: str | Path, revision: str | None = None, *, dtype: str, d
         )
         model, report = loaded
         mismatched = [name for name, *_ in report["mismatched_keys"]]
-        for what, names in (("are not in its files", report["missing_keys"]), ("have another shape there", mismatched)):
+        for what, names in (
+            ("are not in its files", report["missing_keys"]),
+            ("have a different shape there", mismatched),
+        ):
             if names:
                 raise TpawError(
                     f"model {str(source)!r}: {len(names)} of its weights {what} ({', '.join(sorted(names)[:3])}), and "
-                    "would be random; its config.json describes another model, or a file of weights is missing: get "
-                    "the complete checkpoint"
+                    "would be initialised randomly. Either config.json is for a different model or a weights file is "
+                    "missing; get the complete checkpoint"
                 )
         if hasattr(model.config, "rescale_every"):  # RWKV would divide its weights in place whenever it is evaluated
             model.config.rescale_every = 0
@@ -81,7 +84,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTraine
     if isinstance(templates, dict) and "default" in templates:
         others = ", ".join(sorted(set(templates) - {"default"}))
         if others:
-            logger.info("%s: of its chat templates, 'default' is used (not: %s)", source, others)
+            logger.info("%s: using its chat template 'default' (others: %s)", source, others)
         tokenizer.chat_template = templates["default"]
     return tokenizer
 
@@ -94,20 +97,20 @@ def reasons(config: Any) -> Iterator[str]:
     if quantised := getattr(config, "quantization_config", None):
         method = (quantised if isinstance(quantised, dict) else vars(quantised)).get("quant_method", "unknown method")
         yield (
-            f"is quantised ({getattr(method, 'value', method)}), and fine-tuning changes every weight; name the "
-            "checkpoint in 16 or 32 bits that it was made from"
+            f"is quantised ({getattr(method, 'value', method)}), and fine-tuning changes every weight; use the "
+            "16- or 32-bit checkpoint that it was made from"
         )
     if getattr(config, "is_encoder_decoder", False):
-        yield f"is an encoder-decoder ({kind}); name a causal language model, which continues its prompt"
+        yield f"is an encoder-decoder ({kind}); use a causal language model, which continues its prompt"
     elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         text = " with a part for images or sound" if config.get_text_config() is not config else ""
-        yield f"is of the type {kind}{text}, not a causal language model for text alone; name one of those"
+        yield f"has type {kind}{text}, which is not a text-only causal language model; use a model that is"
     elif config.get_text_config() is not config and _class(config).config_class is type(config):
-        yield f"is of the type {kind}, a language model with a part for images or sound; name a model for text alone"
+        yield f"has type {kind}, a language model that also takes images or audio; use a text-only model"
     elif classes and not any(name.endswith(CAUSAL) for name in classes):
         yield (
             f"was saved as {', '.join(classes)}, without the head of a language model (for example to embed or to "
-            "classify texts); name a checkpoint that was saved with one"
+            "classify texts); use a checkpoint that has one"
         )
 
 
@@ -144,7 +147,7 @@ def _of_adapter(folder: Path) -> str:
     given = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     return (
         f"is a PEFT adapter ({given.get('peft_type', 'of unknown type')}) of {given.get('base_model_name_or_path')!r}"
-        ", not a whole model; set lora.r and lora.alpha to go on from it, or merge both with peft "
+        ", not a whole model; set lora.r and lora.alpha to go on from it, or merge it into its base model with peft "
         "(AutoPeftModelForCausalLM.from_pretrained, merge_and_unload, save_pretrained), save the tokenizer in the same "
         "folder, and name that folder"
     )
@@ -177,11 +180,11 @@ def _remedy(source: str | Path, error: Exception) -> str:
     if isinstance(error, ImportError):
         return "It needs a package that is not installed: install that, or name another model."
     if "trust_remote_code" in str(error):
-        return "It brings code of its own, which is never run: name a model of a type that transformers has."
+        return "It needs custom code, which tpaw never runs: use a model type that transformers supports."
     if Path(source).is_dir():
         return (
             "The folder must hold config.json, safetensors and a tokenizer as save_pretrained of transformers writes "
-            "them: look at what is named here, or copy it again."
+            "them: check the file named here, or copy the folder again."
         )
     if os.environ.get("HF_HUB_OFFLINE"):
         return "HF_HUB_OFFLINE is set: unset it, or name a local folder."

@@ -133,4 +133,4 @@ def read(path: Path) -> NDArray[np.void]:
             raise ValueError("it does not hold scores")
         return entries
     except Exception as error:  # numpy has many for a broken header
-        raise TpawError(f"{path}: is damaged ({error}); its rows are scored again by `tpaw weights`") from None
+        raise TpawError(f"{path}: is damaged ({error}); its rows will be scored again by `tpaw weights`") from None

@@ -226,5 +226,5 @@ def reason_not_packable(model: PreTrainedModel, longest: int) -> str | None:
     if slides and (kinds - {"full_attention", "sliding_attention"} or window is None or window < longest):
         return f"its layers are {', '.join(sorted(kinds))} with a window of {window}"
     if getattr(config, "attn_logit_softcapping", None):
-        return "it caps attention's logits"
+        return "it soft-caps attention logits"
     return None

@@ -65,7 +65,7 @@ def _plain_logps(model: PreTrainedModel, pad_id: int) -> tuple[Tensor, bool]:
         except Exception as error:  # whatever a model lacks here, its own forward pass has it
             reason = _first_line(error)
     if reason is not None:
-        logger.info("%s: its own logits are used, which takes more memory, as %s", type(model).__name__, reason)
+        logger.info("%s: computing full logits, which takes more memory, because %s", type(model).__name__, reason)
     return expected, reason is not None
 
 

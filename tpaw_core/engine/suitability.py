@@ -62,15 +62,16 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
 def of_structure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[str]:
     """Needs no weights: ``model`` may lie on the device meta."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        yield "it has no weights that can be trained; name a model whose weights are floating-point numbers"
+        yield "it has no weights that can be trained; use a model with floating-point weights"
     layers: tuple[Any, ...] = model.get_input_embeddings(), model.get_output_embeddings()
     rows = min(len(layer.weight) for layer in layers if layer is not None)
     beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
     if beyond:
         yield (
-            f"{len(beyond)} tokens of its tokenizer have no embedding (it has {rows} rows; "
+            f"{len(beyond)} tokens of its tokenizer have no embedding (the embedding has {rows} rows; "
             f"{', '.join(f'{token!r} is {number}' for number, token in beyond[:3])}); add rows with "
-            f"resize_token_embeddings({beyond[-1][0] + 1}) of transformers, or remove the tokens, and save it again"
+            f"resize_token_embeddings({beyond[-1][0] + 1}) of transformers, or remove the tokens; then save the "
+            "model again"
         )
     limit, why = _longest(model)
     if limit is not None and limit < max_length:
@@ -88,8 +89,8 @@ def of_behaviour(model: PreTrainedModel, pad_id: int) -> Iterator[str]:
     except Exception as error:  # whatever a model raises on three short texts, it is not for it to be trained here
         first = (str(error).splitlines() or [""])[0]
         yield (
-            f"{type(model).__name__} fails on a few tokens ({type(error).__name__}: {first}); correct its config.json "
-            "where it contradicts itself, or name another model"
+            f"{type(model).__name__} fails on a short test input ({type(error).__name__}: {first}); correct "
+            "its config.json, or use another model"
         )
 
 

@@ -86,7 +86,7 @@ def _stage(name: str, entry: Any, values: dict[str, str]) -> Stage:
 def _digest(workspace: Workspace, path: Path) -> str:
     if path.parts[0] == "checkpoints":
         return checkpoint.manifest(workspace, int(path.name)).digest
-    path = files.need(workspace.root / path, "the stage before makes it")
+    path = files.need(workspace.root / path, "the previous stage creates it")
     if path.is_dir():
         return files.digest({file.name: files.sha256(file) for file in sorted(path.iterdir())})
     return files.sha256(path)

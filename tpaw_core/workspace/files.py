@@ -91,7 +91,8 @@ def explanation(error: Exception, folder: Path) -> str | None:
     if full := disk_full(error, folder):
         return str(full)
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; free up space or fix the file's permissions"
+        advice = "; fix its permissions" if isinstance(error, PermissionError) else ""
+        return f"{error.filename}: {error.strerror}{advice}"
     return None
 
 

@@ -25,7 +25,7 @@ def exclusive(state: Path, who: str, what: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        name = holder.read_text() if holder.exists() else "another one"
+        name = holder.read_text() if holder.exists() else "another command"
         logger.info("%s: waiting for %s in this workspace", who, name)
         lock.acquire()
     try:

@@ -50,7 +50,7 @@ def find(model: PreTrainedModel, pad_id: int) -> Way:
     with evaluating(model), torch.autocast(model.device.type, enabled=False):
         expected = _plain(model)
         if not all(logits.isfinite().all() for logits in expected):
-            raise Diverged(f"{type(model).__name__}: its logits are not finite; go back to the checkpoint before")
+            raise Diverged(f"{type(model).__name__}: its logits are not finite; use the previous checkpoint")
         if fast_loop.has_recurrent_state(model):
             reason = "its cache holds recurrent states"
         elif (difference := _difference(model, FAST, pad_id, expected)) is None:
@@ -59,7 +59,7 @@ def find(model: PreTrainedModel, pad_id: int) -> Way:
             reason = f"with the fast loop {difference}"
         for way in (PADDED, UNPADDED, UNCACHED):
             if (difference := _difference(model, way, pad_id, expected)) is None:
-                logger.info("%s: decoded by %s, as %s", type(model).__name__, way.name, reason)
+                logger.info("%s: decoded by %s, because %s", type(model).__name__, way.name, reason)
                 return way
             reason = f"{reason}; with {way.name} {difference}"
     raise TpawError(
