@@ -362,9 +362,35 @@ def test_a_call_after_an_answer_needs_an_end() -> None:
     assert texts(make(TOOLS), encode(make(TOOLS), [made])[1])[1] == "6count{}<|im_end|>"
 
 
+def test_a_call_is_no_end_of_its_answer() -> None:
+    """A special token begins it, as GLM's <tool_call>; the end comes after the calls."""
+    calls = "{% for c in m['tool_calls'] or [] %}"
+    template = TOOLS.replace(calls, f"{calls}{{{{ '<turn>' }}}}")
+    call = {"function": {"name": "count", "arguments": "{}"}}
+    tokenizer = make(template)
+    made = row("6", answer={"tool_calls": [call, call]})
+    assert texts(tokenizer, encode(tokenizer, [made])[1])[1] == "6<turn>count{}<turn>count{}<|im_end|>"
+
+
 def test_the_word_that_opens_answers_is_part_of_the_ending() -> None:
     assert encode(make(THINKING), [row("6"), row("7")])[0].opening == "</think>"
     assert encode(make(CHATML), [row("6")])[0].opening == ""
     changing = THINKING.replace("'\n</think>\n\n'", "'\n</think>\n\n' + m['content'][:1] + ': '")
     with pytest.raises(TpawError, match=r"ends what it writes before answers in different words \(6:, 7:\)"):
         encode(make(changing), [row("6"), row("7")])
+
+
+def test_words_that_open_some_answers_only() -> None:
+    """gpt-oss writes the channel of an answer, and before it that of the reasoning where a row has some."""
+    reasoning = "('<a>' + m['thinking'] + '<b>' if m['thinking'] else '')"
+    speaker = "m['role'] + '\n'"
+    template = CHATML.replace(speaker, f"{speaker} + ({reasoning} + '<c>' if m['role'] == 'assistant' else '')")
+    plain, reasoned = row("6"), row("6", answer={"thinking": "two each"})
+    for rows in ([plain, reasoned], [reasoned, plain]):
+        assert encode(make(template), rows)[0].opening == "<c>"
+    optional = template.replace("'<c>'", "('<c>' if m['thinking'] else '')")
+    assert encode(make(optional), [plain, reasoned])[0].opening == "<b><c>"
+    with pytest.raises(
+        TpawError, match=r"row 101: the chat template writes '<b><c>' before its answer, but not before"
+    ):
+        encode(make(optional), [*[plain] * 100, reasoned])

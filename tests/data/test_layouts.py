@@ -160,6 +160,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"prompt": [USER, ANSWER], "completion": [ANSWER]}, "its prompt ends with a turn of the assistant"),
     ({"messages": [{"content": "Why?"}, ANSWER]}, "message 1 of its 'messages' has no role"),
     ({"messages": [{"role": "user"}, ANSWER]}, "message 1 of its 'messages' has no content"),
+    ({"messages": [USER, ANSWER | {"function_call": {"name": "f"}}]}, "message 2 .* has a 'function_call'"),
     (
         {"messages": [{**USER, "content": {"text": "x"}}, ANSWER]},
         "the content of message 1 .* is an object; it must be",

@@ -101,6 +101,18 @@ def test_a_dropped_tool_is_seen_though_its_name_stands_elsewhere() -> None:
     assert refused(CHATML, made) == "the chat template leaves out its tool call 'carts'"
 
 
+def test_a_dropped_call_is_seen_though_its_tool_is_shown() -> None:
+    """LFM2's template writes no calls, and gpt-oss's only the first."""
+    tool, call = ({"type": "function", "function": {"name": "count", **more}} for more in ({}, {"arguments": "{}"}))
+    silent = TOOLS.replace("{% for c in m['tool_calls'] or [] %}", "{% for c in [] %}")
+    first = TOOLS.replace("m['tool_calls'] or []", "(m['tool_calls'] or [])[:1]")
+    said = [ASKED, {"role": "assistant", "content": "", "tool_calls": [call, call]}, {"role": "tool", "content": "6"}]
+    for template in (silent, first):
+        for made in (row("6", *said, tools=[tool]), row("6", answer={"tool_calls": [call, call]}, tools=[tool])):
+            assert refused(template, made).endswith("its tool call 'count'")
+            assert written(TOOLS, made)
+
+
 @pytest.mark.parametrize("change", ["[:20]", " | lower", " | replace('many', '')"])
 def test_a_text_that_is_cut_or_changed_is_refused(change: str) -> None:
     template = CHATML.replace("m['content']", f"(m['content']{change})")
@@ -148,6 +160,30 @@ def test_an_answer_that_begins_with_the_prompt_s_own_words_does_not_say_them_twi
 )
 def test_where_the_answer_s_own_text_opens(template: str, made: Row, opening: str) -> None:
     assert written(template, made).opening == opening
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_under_any_name_is_shown_or_refused(key: str) -> None:
+    made = row("6", answer={key: "two each"})
+    assert refused(CHATML, made) == f"the chat template leaves out the {key} of its answer"
+    assert "two each" in written(THINKING.replace("reasoning_content", key), made).preamble
+
+
+@pytest.mark.parametrize("reasoning", ["two each", "think", "so </think"])
+def test_the_row_s_reasoning_is_no_part_of_what_opens_answers(reasoning: str) -> None:
+    """GLM and gpt-oss write no space behind it."""
+    tight = THINKING.replace("\n</think>", "</think>")
+    assert written(tight, row("6", answer={"reasoning_content": reasoning})).opening == "</think>"
+    harmony = tight.replace("<think>", "<a>").replace("</think>", "<end><final>")
+    if reasoning == "two each":
+        assert written(harmony, row("6", answer={"reasoning_content": reasoning})).opening == "<end><final>"
+
+
+def test_an_answer_with_reasoning_is_refused_where_the_prompt_ends_it() -> None:
+    """Qwen3.5's template without thinking: two blocks of reasoning would stand before the answer."""
+    ended = QWEN.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n\n</think>\n\n' }}{% endif %}")
+    assert "its answer contains reasoning" in refused(ended, row("<think>\n3 x 2\n</think>\n\n6"))
+    assert written(ended, row("6")).answer == "6"
 
 
 def test_a_template_that_reads_parts_gets_parts() -> None:

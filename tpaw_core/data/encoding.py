@@ -58,7 +58,9 @@ def find_ending(tokenizer: Any, rows: Iterable[Row], options: Mapping[str, Any],
             f"{tokenizer.name_or_path}: its chat template ends answers with different tokens "
             f"({', '.join(sorted(names))}); set a different template in model.chat_template"
         )
-    if len(openings := openings - {""}) > 1:
+    openings -= {""}
+    opening = min(openings, key=len, default="")
+    if not all(other.endswith(opening) for other in openings):
         raise TpawError(
             f"{tokenizer.name_or_path}: its chat template ends what it writes before answers in different words "
             f"({', '.join(sorted(openings))}), so where an answer begins is unknown; set a different template in "
@@ -71,7 +73,7 @@ def find_ending(tokenizer: Any, rows: Iterable[Row], options: Mapping[str, Any],
             "template ends no turn with a special token; set one of both"
         )
     last = own[0] if end is None else end
-    return Ending(last, tuple(dict.fromkeys([last, *stops])), end is not None, "".join(openings))
+    return Ending(last, tuple(dict.fromkeys([last, *stops])), end is not None, opening)
 
 
 def _end_of_turn(tokenizer: Any, own: Turn, stops: list[int]) -> int | None:
@@ -145,6 +147,11 @@ def _texts(
     if found := special.search("\n".join([*contents, others])):
         raise Unusable(f"its text contains the special token {found[0]!r}")
     own = turn(tokenizer, row, options)
+    if own.opening and not (ending.opening and own.opening.endswith(ending.opening)):
+        raise Unusable(
+            f"the chat template writes {own.opening!r} before its answer, but not before the answers of the first "
+            f"{ROWS_FOR_THE_END} rows; put such a row among them"
+        )
     if not ending.in_template:
         if own.preamble.strip():  # its end could then be mistaken
             raise Unusable(f"the chat template writes {own.preamble!r} before an answer, but no special token after it")

@@ -64,6 +64,8 @@ def _message(given: dict[str, Any], place: str) -> Message:
         role, content = kept.pop("role", None), kept.pop("content", None)
         if not isinstance(role, str) or not role:
             raise Unusable(f"{place} has no role")
+    if kept.get("function_call"):
+        raise Unusable(f"{place} has a 'function_call', which is not supported; write it as 'tool_calls'")
     if content is None and not kept.get("tool_calls"):
         raise Unusable(f"{place} has no content")
     return {"role": role, "content": "" if content is None else _text(content, place), **dict(sorted(kept.items()))}

@@ -8,14 +8,17 @@ that a text which occurs twice misleads nobody. Knows templates; must not know t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import count
 from typing import Any, NamedTuple
 
 from tpaw_core.data.messages import Message, Unusable
 from tpaw_core.data.rows import Row
 from tpaw_core.errors import TpawError
 
+REASONING = ("reasoning_content", "reasoning", "thinking")  # what rows call an assistant's reasoning
 REASONING_END = "</think>"  # templates take what an assistant's content has before it for reasoning
 MARK = 5318008  # digits: neither a change of case nor JSON alters them
 
@@ -114,8 +117,10 @@ def _turn(tokenizer: Any, row: Row, messages: list[Message], options: Mapping[st
     marked = Marked(messages, row.tools, prompt + whole + row.text())
     asked, said = write(marked.messages[:-1], marked.tools, True), write(marked.messages, marked.tools, False)
     _refuse_hidden(row, marked, asked, said)
-    asked, said = asked.replace(marked.name, ""), said.replace(marked.name, "")
     *_, last, end = marked.ends
+    called = marked.named.findall(said.rpartition(end)[2])  # calls are written behind the answer's text, or before it
+    after_calls = marked.named.split(said)[-1] if called else None
+    asked, said = marked.named.sub("", asked), marked.named.sub("", said)
     before = asked.rpartition(last)[2]  # what stands between the last message and the answer, when it prompts
     rest, _, tail = said.rpartition(last)[2].partition(end)
     shown = whole.removesuffix(tail)
@@ -129,12 +134,23 @@ def _turn(tokenizer: Any, row: Row, messages: list[Message], options: Mapping[st
             f"before an answer the chat template writes {before!r} when it prompts, and {rest[:start]!r} in a "
             "conversation; give another one in model.chat_template, or look at model.chat_template_kwargs"
         )
-    reasoning = str((row.answer or {}).get("reasoning_content") or "").strip()
-    if reasoning not in preamble:
-        raise Unusable("the chat template leaves out the reasoning_content of its answer")
-    opening = (preamble.rpartition(reasoning)[2] if reasoning else preamble).split()[-1:]
+    if REASONING_END in own and REASONING_END in rest[start:]:
+        raise Unusable("the chat template ends the reasoning when it prompts, but its answer contains reasoning")
+    thoughts = [str((row.answer or {}).get(name) or "").strip() for name in REASONING]
+    if hidden := [name for name, text in zip(REASONING, thoughts, strict=True) if text not in preamble]:
+        raise Unusable(f"the chat template leaves out the {hidden[0]} of its answer")
+    opening = _opening(preamble, max(thoughts, key=len))
     answer = rest[max(start, same) :] + shown[len(shown.rstrip()) :]
-    return Turn(prompt, "" if own else preamble, answer, tail, "".join(opening))
+    calls = tail.removesuffix(after_calls) if after_calls is not None else ""
+    return Turn(prompt, "" if own else preamble, answer + calls, tail[len(calls) :], opening)
+
+
+def _opening(preamble: str, reasoning: str) -> str:
+    """The last word of the template's own, which may follow the row's reasoning without a space."""
+    word = "".join(preamble.split()[-1:])
+    if word.endswith(REASONING_END):
+        return REASONING_END
+    return "".join(preamble.rpartition(reasoning)[2].split()[-1:]) if reasoning else word
 
 
 def _shown_end(answer: str, rest: str) -> str:
@@ -177,7 +193,7 @@ def _refuse_hidden(row: Row, marked: Marked, asked: str, said: str) -> None:
     ):
         for item in items:
             if (name := _function(item).get("name")) and name not in where:
-                raise Unusable(f"the chat template leaves out its {kind} {name.removesuffix(marked.name)!r}")
+                raise Unusable(f"the chat template leaves out its {kind} {marked.named.sub('', name)!r}")
     if any(_as_python(message, asked + said) for message in marked.messages):
         raise Unusable("the chat template writes the arguments of a tool call as Python does, not as JSON")
 
@@ -187,7 +203,8 @@ class Marked:
 
     def __init__(self, messages: list[Message], tools: list[Any] | None, texts: str) -> None:
         number = next(number for number in range(MARK, 10 * MARK) if str(number) not in texts)
-        self.name = f"_{number}"
+        self.names = (f"_{number}_{place}_" for place in count())  # each tool and each call has its own
+        self.named = re.compile(rf"_{number}_\d+_")
         self.ends = [
             f"{number}-{place}-{number}" if message["content"] or place >= len(messages) - 2 else ""
             for place, message in enumerate(messages)
@@ -207,7 +224,7 @@ class Marked:
         function = _function(item)
         if not isinstance(function.get("name"), str):
             return item
-        return _replaced(item, name=function["name"] + self.name)
+        return _replaced(item, name=function["name"] + next(self.names))
 
 
 def _function(item: Any) -> dict[str, Any]:
