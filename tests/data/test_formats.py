@@ -378,3 +378,10 @@ def test_what_was_put_into_data_by_hand_is_not_advised_away(workspace: Workspace
         TpawError, match=r"origin\.json: does not exist; move data/ away if it contains the only copy of your rows"
     ):
         prepare.verify(workspace, must_exist=True)
+
+
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(read: Callable[..., list[Row]], tmp_path: Path) -> None:
+    columns = [pa.array([text]) for text in ("Why?", "This.", "That.")]
+    pq.write_table(pa.Table.from_arrays(columns, ["prompt", "completion", "completion"]), tmp_path / "r.parquet")
+    with pytest.raises(TpawError, match="has two columns named 'completion'; rename one"):
+        read("r.parquet")

@@ -145,6 +145,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"prompt": ["Why?"], "completion": "x"}, "its prompt is neither text nor a list of messages: item 1 is text"),
     ({"prompt": " ", "completion": "x"}, "its prompt is empty"),
     ({"prompt": "Why?", "completion": "x", "label": False}, "its 'label' is false"),
+    ({"prompt": "Why?", "completion": "x", "label": "False"}, "its 'label' is false"),
     ({"prompt": "Why?", "completion": "x", "images": ["a.png"]}, "has 'images', which is not supported"),
     ({"messages": [USER, ANSWER], "functions": [{"name": "f"}]}, "has 'functions', which is not supported"),
     ({"messages": [USER, ANSWER], "tools": "{"}, "its 'tools' is not valid JSON"),

@@ -199,8 +199,11 @@ def _read_parquet(path: Path) -> Iterator[Any]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if not file.schema_arrow.names:  # its batches would end the process
+            names = file.schema_arrow.names
+            if not names:  # its batches would end the process
                 raise ValueError("it has no columns")
+            if repeated := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"it has two columns named {repeated[0]!r}; rename one")
             decode = _json_columns(file.schema_arrow)
             for batch in file.iter_batches(batch_size=1000):
                 for row in batch.to_pylist(maps_as_pydicts="strict"):

@@ -37,7 +37,7 @@ def read_conversation(item: dict[Any, Any], data: Data) -> list[Message]:
     for column in NOT_READ:
         if item.get(column):
             raise Unusable(f"has {column!r}, which is not supported; remove this column if you do not need it")
-    if item.get("label") is False:
+    if str(item.get("label")).strip().lower() == "false":  # text in CSV
         raise Unusable("its 'label' is false: its completion is marked as undesirable")
     prompt, target = data.prompt_column, data.completion_column
     chosen_by_name = (prompt, target) != ("prompt", "completion") and (prompt in item or target in item)
