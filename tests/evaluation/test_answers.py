@@ -116,9 +116,10 @@ def test_a_target_is_judged_as_a_response_with_its_ids() -> None:
         (THINKING, " 6 carts\n", "6 carts"),
         (OPENED, "<think>\n3 x 2\n</think>\n\n6", "3 x 2\n</think>\n\n6"),
         (THINKING.replace("<think>", "<turn>").replace("</think>", "<end_turn>"), "6 carts", "6 carts"),
+        (THINKING.replace("'<|im_end|>", "'<end_turn><|im_end|>"), "6 carts", "6 carts"),  # as Command A's
     ):
         own, made = make_tokenizer(template), row(completion)
-        ending = encoding.find_ending(own, [made], {}, [])
+        ending = encoding.find_ending(own, [made], {}, [own.convert_tokens_to_ids("<|im_end|>")])
         whole = encoding.encode([made], own, ending, max_length=400, max_skipped=0.0, name="r", options={})
         assert target_texts(Heldout([made], whole), own, ending) == [expected]
         assert judged([whole.chosen[0][:-1]], own, ending) == [expected]  # a response cut right before its end

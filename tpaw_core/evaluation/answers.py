@@ -71,7 +71,8 @@ def judged(ids: Iterable[Ids], tokenizer: PreTrainedTokenizerBase, ending: Endin
     shown = [list(own[:-1]) if len(own) and own[-1] in ending.stop_ids else list(own) for own in ids]
     if not ending.opening:
         return [text.strip() for text in tokenizer.batch_decode(shown, skip_special_tokens=True)]
-    special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)) or "(?!)")
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = re.compile("|".join(map(re.escape, {*added, *tokenizer.all_special_tokens})) or "(?!)")
     # The opening may hold special tokens itself, as <|channel|>final<|message|> does.
     return [special.sub("", ending.answer(text)).strip() for text in tokenizer.batch_decode(shown)]
 
