@@ -268,6 +268,18 @@ def test_a_template_that_always_prompts_gets_eos_and_not_the_next_turn() -> None
     assert not ending.in_template
 
 
+def test_the_token_that_ends_every_turn_ends_answers_whoever_speaks_in_plain_words() -> None:
+    """OpenChat's and DeepSeek Coder's: the last special token of a prompt is the end of the user's turn."""
+    template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    tokenizer = make(template)
+    ending, encoded = encode(tokenizer, [row("6")])
+    assert ending.in_template
+    assert texts(tokenizer, encoded)[1] == "6<|im_end|>"
+
+
 def test_templates_that_end_answers_differently_are_refused() -> None:
     template = CHATML.replace("'<|im_end|>\n'", "('<|im_end|>\n' if '6 6' not in m['content'] else '<end_turn>\n')")
     with pytest.raises(TpawError, match=r"ends answers with different tokens \(<end_turn>, <\|im_end\|>\)"):

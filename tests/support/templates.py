@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -60,6 +61,9 @@ def make(template: str, *, eos: str | None = "<eos>", meta: bool = False) -> Any
         show_progress=False,
     )  # fmt: skip
     bpe.train_from_iterator(TEXTS, trainer)
+    made = json.loads(bpe.to_str())  # bytes are ordinary tokens, as in models' own tokenizers
+    made["added_tokens"] = [token for token in made["added_tokens"] if token["content"] not in alphabet]
+    bpe = Tokenizer.from_str(json.dumps(made))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, pad_token="<pad>", chat_template=template)
 
 

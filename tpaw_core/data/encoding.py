@@ -77,12 +77,16 @@ def find_ending(tokenizer: Any, rows: Iterable[Row], options: Mapping[str, Any],
 
 
 def _end_of_turn(tokenizer: Any, own: Turn, stops: list[int]) -> int | None:
-    """The stop token that the template writes after an answer, or else the first special token that starts no turn."""
+    """The stop token that the template writes after an answer, or else the first special token that starts no turn.
+
+    One that starts the next turn is followed by the same words as the last one of the prompt.
+    """
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     tail, prompt = _ids([own.tail, own.prompt], tokenizer)
-    starts = next((token for token in reversed(prompt) if token in special), None)
+    start = prompt[max((place for place, token in enumerate(prompt) if token in special), default=0) :]
     known = next((token for token in tail if token in stops), None)
-    return known if known is not None else next((t for t in tail if t in special and t != starts), None)
+    ends = (token for place, token in enumerate(tail) if token in special and tail[place:] != start)
+    return known if known is not None else next(ends, None)
 
 
 def encode(
