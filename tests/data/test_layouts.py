@@ -130,6 +130,12 @@ def test_a_prompt_is_the_same_whatever_ids_its_calls_were_given() -> None:
     assert asked("c1") == asked("c2") != asked("c1", [{"name": "f"}])
 
 
+def test_what_a_message_carries_beside_its_text_does_not_make_another_prompt() -> None:
+    plain = prompt_digest(row({"messages": [USER, ANSWER]}))
+    for more in ({"timestamp": "2024-05-05", "turn": 7}, {"content": " Why?\n"}):
+        assert prompt_digest(row({"messages": [{**USER, **more}, ANSWER]})) == plain
+
+
 REFUSED: list[tuple[Any, str]] = [
     ("text", "is str, not an object"),
     ({}, r"has no 'prompt'; fields are none; rows are read from 'messages' \(OpenAI\), 'conversations'"),

@@ -41,16 +41,17 @@ class Row:
 
 
 def prompt_digest(row: Row) -> bytes:
-    """The same for prompts that ask the same: the ids that tie a tool's result to its call are drawn anew each time."""
-    asked = [_without_ids(message) for message in row.prompt]
+    """The same for prompts that ask the same: ids are drawn anew each time, and messages carry dates and numbers."""
+    asked = [_asked(message) for message in row.prompt]
     return hashlib.sha256(json.dumps([asked, row.tools], sort_keys=True).encode()).digest()
 
 
-def _without_ids(message: Message) -> Message:
-    kept = {key: value for key, value in message.items() if key not in ("id", "tool_call_id")}
-    if isinstance(calls := kept.get("tool_calls"), list):
-        kept["tool_calls"] = [_without_ids(call) if isinstance(call, dict) else call for call in calls]
-    return kept
+def _asked(message: Message) -> list[Any]:
+    """What a message says and calls. Templates take spaces around a text away."""
+    calls = message.get("tool_calls")
+    if isinstance(calls, list):
+        calls = [{**call, "id": None} if isinstance(call, dict) else call for call in calls]
+    return [message["role"], message["content"].strip(), calls]
 
 
 def read_rows(path: Path) -> Iterator[Row]:
