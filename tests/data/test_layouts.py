@@ -167,6 +167,10 @@ REFUSED: list[tuple[Any, str]] = [
     ({"prompt": [USER, ANSWER], "completion": [ANSWER]}, "its prompt ends with a turn of the assistant"),
     ({"messages": [{"content": "Why?"}, ANSWER]}, "message 1 of its 'messages' has no role"),
     ({"messages": [{"role": "user"}, ANSWER]}, "message 1 of its 'messages' has no content"),
+    *(
+        ({"messages": [USER, ANSWER | {"tool_calls": calls}]}, "the 'tool_calls' of message 2 .* is not a list of")
+        for calls in (5, '[{"name": "f"}]', [5], [{"id": "c"}], [{"function": "f"}], {"name": "f"})
+    ),
     ({"messages": [USER, ANSWER | {"function_call": {"name": "f"}}]}, "message 2 .* has a 'function_call'"),
     (
         {"messages": [{**USER, "content": {"text": "x"}}, ANSWER]},
@@ -183,7 +187,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"messages": [USER, {**ANSWER, "weight": 0}]}, "its answer has weight 0, which excludes it from training"),
     ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "its answer has weight 0.5; it must be 0 or 1"),
     (
-        {"messages": [USER, {"role": "assistant", "tool_calls": [{"id": "c"}]}]},
+        {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f"}]}]},
         "its last message only calls a tool",
     ),
     ({"messages": [{**USER, "at": datetime(2024, 5, 5)}, ANSWER]}, "contains a value that JSON cannot represent"),

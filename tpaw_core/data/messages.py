@@ -66,9 +66,17 @@ def _message(given: dict[str, Any], place: str) -> Message:
             raise Unusable(f"{place} has no role")
     if kept.get("function_call"):
         raise Unusable(f"{place} has a 'function_call', which is not supported; write it as 'tool_calls'")
+    if not _are_calls(kept.get("tool_calls") or []):
+        raise Unusable(f"the 'tool_calls' of {place} is not a list of objects, each with the name of a function")
     if content is None and not kept.get("tool_calls"):
         raise Unusable(f"{place} has no content")
     return {"role": role, "content": "" if content is None else _text(content, place), **dict(sorted(kept.items()))}
+
+
+def _are_calls(given: Any) -> bool:
+    calls = [call.get("function", call) for call in given if isinstance(call, dict)] if isinstance(given, list) else []
+    named = [call for call in calls if isinstance(call, dict) and isinstance(call.get("name"), str)]
+    return isinstance(given, list) and len(named) == len(given)
 
 
 def _text(content: Any, place: str) -> str:
