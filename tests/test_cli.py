@@ -88,7 +88,7 @@ def test_help_names_every_stage(tpaw: Tpaw) -> None:
         ),
         (["encode"], "data/train.jsonl: does not exist; make it with `tpaw data`"),
         (["evaluate", "-t", "0"], "encoded/tokenizer/ending.json: does not exist; make it with `tpaw encode`"),
-        (["generate", "-t", "9"], "--iteration 9: params.yaml lists only 4 iterations; add iteration 9 there"),
+        (["generate", "-t", "9"], "--iteration 9: params.yaml ends with iteration 4; add 9 there"),
         (["use", "dmo"], "recipe 'dmo': no such recipe (did you mean 'demo'?)"),
         (["use", "demo", "objective.etaa=3"], "unknown key 'objective.etaa' (did you mean 'eta'?)"),
     ],

@@ -65,7 +65,9 @@ def _options(
 
 @app.command()
 def use(
-    recipe: Annotated[str | None, typer.Argument(help="A recipe's name; omit it to change params.yaml.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe's name; omit it to change the current params.yaml.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Switch params.yaml to a recipe, with overrides."""
@@ -163,8 +165,8 @@ def compare(
     seeds: Annotated[str | None, typer.Option(help="Seeds, e.g. 1-5 or 1,2,7.")] = None,
     rates: Annotated[str | None, typer.Option(help="Learning rates to try with every method, e.g. 1e-4,3e-4.")] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="Number of iterations.")] = None,
-    tuning_seeds: Annotated[int | None, typer.Option(min=1, help="Seeds that choose the learning rate.")] = None,
-    validation_rows: Annotated[int | None, typer.Option(min=1, help="Held-out rows that choose it.")] = None,
+    tuning_seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds choose the learning rate.")] = None,
+    validation_rows: Annotated[int | None, typer.Option(min=1, help="Held-out rows for that choice.")] = None,
     folder: Annotated[Path | None, typer.Option(help="The study's folder; default: studies/RECIPE.")] = None,
 ) -> None:
     """Compare methods on a recipe over several seeds, with 95% intervals; finished runs are reused."""
@@ -290,9 +292,7 @@ def _run(name: str, iteration: int | None = None) -> None:
 
     context = _context()
     if iteration is not None and iteration > (known := len(context.params.iterations)):
-        raise TpawError(
-            f"--iteration {iteration}: params.yaml lists only {known} iterations; add iteration {iteration} there"
-        )
+        raise TpawError(f"--iteration {iteration}: params.yaml ends with iteration {known}; add {iteration} there")
     parent.exit_with_parent()
     stage: Callable[..., None] = getattr(import_module(f"tpaw_core.stages.{name}"), name)
     started = time.monotonic()

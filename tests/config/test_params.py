@@ -85,7 +85,7 @@ def test_every_bad_parameter_has_its_own_line() -> None:
         params_file.resolve(WORKSPACE, DEMO, ["objective.eta=0", "team.size=0", "seeed=1"])
     lines = str(caught.value).splitlines()
     assert len(lines) == 3
-    assert all(line.startswith(f"{DEMO}: ") for line in lines)
+    assert all(line.startswith(f"{DEMO} with objective.eta, team.size, seeed given: ") for line in lines)
 
 
 @pytest.mark.parametrize("section", ["model", "data", "sft", "training", "iterations"])

@@ -162,8 +162,8 @@ def test_a_file_with_a_chat_template_is_read_for_its_text(mark: bytes, tmp_path:
     [
         (b"", "contains no Jinja template"),
         (b"You are a helper.", "contains no Jinja template"),
-        ("{{ é }}".encode("latin-1"), "is not a file of text in UTF-8"),
-        (None, "is not a file of text in UTF-8"),
+        ("{{ é }}".encode("latin-1"), "is not a UTF-8 text file"),
+        (None, "is not a UTF-8 text file"),
     ],
 )
 def test_a_file_that_holds_no_chat_template_is_refused(content: bytes | None, message: str, tmp_path: Path) -> None:

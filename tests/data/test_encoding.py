@@ -128,12 +128,12 @@ def test_a_preamble_that_only_the_prompt_has_stays_there(answer: str) -> None:
         (
             OPENED.replace("m['role'] + '\n'", "m['role'] + '\n' + ('<a>' if m['role'] == 'assistant' else '')"),
             row("6"),
-            r"before an answer the chat template writes .*<think>.* when it prompts, and .*<a>' in a conversation",
+            r"the chat template writes .*<think>.* before an answer when it prompts, but .*<a>' in a whole conv",
         ),
     ],
 )
 def test_what_a_template_cannot_show_is_refused_by_row(template: str, made: Row, reason: str) -> None:
-    with pytest.raises(TpawError, match=rf"rows: 1 of 1 rows cannot be used; the first reason: row 1: .*{reason}"):
+    with pytest.raises(TpawError, match=rf"rows: 1 of 1 rows cannot be used; the first reasons: row 1: .*{reason}"):
         encode(make(template), [made])
 
 
@@ -214,9 +214,11 @@ def test_prompts_without_room_for_an_answer_are_counted_or_refused(
     assert kept.places == [place for place, length in enumerate(lengths) if length < limit]
     assert kept.row_ids == [row.prompt_id for row, length in zip(rows, lengths, strict=True) if length < limit]
     number = lengths.index(limit) + 1
-    reason = f"row {number}: its prompt has {limit} tokens, but model.max_length is {limit}"
-    assert f"rows: {too_long} of {len(rows)} rows cannot be used; the first reason: {reason}" in caplog.text
-    with pytest.raises(TpawError, match=reason):
+    reason = (
+        f"row {number}: its prompt has {limit} tokens, which leaves no room for an answer (model.max_length is {limit})"
+    )
+    assert f"rows: {too_long} of {len(rows)} rows cannot be used; the first reasons: {reason}" in caplog.text
+    with pytest.raises(TpawError, match=re.escape(reason)):
         encode(tokenizer, rows, limit)
 
 
@@ -232,7 +234,7 @@ def test_text_that_would_end_its_own_turn_is_left_out_and_named(
     assert kept.row_ids == [rows[0].prompt_id, rows[1].prompt_id]
     assert kept.places == [0, 2]
     reason = f"row 2: its text contains the special token {tokenizer.eos_token!r}"
-    assert f"rows: 1 of 3 rows cannot be used; the first reason: {reason}" in caplog.text
+    assert f"rows: 1 of 3 rows cannot be used; the first reasons: {reason}" in caplog.text
     with pytest.raises(TpawError, match="row 2: its text contains the special token"):
         encode(tokenizer, [rows[0], hostile, rows[1]], 128)
 
@@ -388,7 +390,7 @@ def test_the_word_that_opens_answers_is_part_of_the_ending() -> None:
     assert encode(make(THINKING), [row("6"), row("7")])[0].opening == "</think>"
     assert encode(make(CHATML), [row("6")])[0].opening == ""
     changing = THINKING.replace("'\n</think>\n\n'", "'\n</think>\n\n' + m['content'][:1] + ': '")
-    with pytest.raises(TpawError, match=r"ends what it writes before answers in different words \(6:, 7:\)"):
+    with pytest.raises(TpawError, match=r"writes before answers ends differently from row to row \(6:, 7:\)"):
         encode(make(changing), [row("6"), row("7")])
 
 

@@ -160,7 +160,7 @@ def test_a_folder_of_shards_is_read_whole(workspace: Workspace, read: Callable[.
 
     (folder / "b.json").write_text(json.dumps([*ROWS[3:5], {"prompt": "x"}]))
     with pytest.raises(
-        TpawError, match=r"rows: 1 of 12 rows cannot be used; the first reason: b\.json, row 3: has no 'completion'"
+        TpawError, match=r"rows: 1 of 12 rows cannot be used; the first reasons: b\.json, row 3: has no 'completion'"
     ):
         read("rows")
     (folder / "z.jsonl.bz2").write_bytes(bz2.compress(b"{}"))
@@ -298,7 +298,7 @@ BROKEN: list[tuple[str, bytes, str]] = [
     ),
     ("r.json", b'[\n{"prompt": "a", "completion": "b"},\n]', r"line 3 is not valid JSON \(a comma without a row"),
     ("r.json", b'[{"prompt": "a", "completion": "b"}]\n[]', r"line 2 is not valid JSON \(text behind the array\)"),
-    ("r.json", b"[]", "contains no rows"),
+    ("r.json", b"[]", "contains no usable rows"),
     ("r.json", b'[{"prompt": "a",\n "completion"}]', r"line 2 is not valid JSON"),
     ("r.json", b"[" * 100_000, r"line 1 cannot be read"),
     ("r.json", b'{\n "prompt": "a",\n "completion": "b"\n}', r"line 1 is not JSON .* name it \.json"),

@@ -88,7 +88,7 @@ def test_columns_by_name_win_over_what_is_found() -> None:
     item = {"messages": [USER, ANSWER], "question": "Who?", "answer": "I."}
     names = {"prompt_column": "question", "completion_column": "answer"}
     assert row(item, **names).completion == "I."
-    with pytest.raises(Unusable, match="has 'question', which is not in the prompt that was read"):
+    with pytest.raises(Unusable, match="has a column 'question' whose text is not in the prompt"):
         row(item)
     assert row({"messages": [USER, ANSWER]}, **names).completion == "Because."
     with pytest.raises(Unusable, match="has no 'answer'; fields are messages, question, answer; rows are read from"):
@@ -147,8 +147,8 @@ REFUSED: list[tuple[Any, str]] = [
     ),
     ({"prompt": "Why?", "completion": " \n"}, "its target is empty"),
     ({"prompt": "Why?", "completion": []}, "'completion' must contain a prompt and end with an assistant message"),
-    ({"prompt": 3, "completion": "x"}, "its prompt is neither text nor a list of messages, but the value 3"),
-    ({"prompt": ["Why?"], "completion": "x"}, "its prompt is neither text nor a list of messages: item 1 is text"),
+    ({"prompt": 3, "completion": "x"}, "its prompt must be text or a list of messages, but is the value 3"),
+    ({"prompt": ["Why?"], "completion": "x"}, "its prompt must be text or a list of messages, but item 1 is text"),
     ({"prompt": " ", "completion": "x"}, "its prompt is empty"),
     ({"prompt": "Why?", "completion": "x", "label": False}, "its 'label' is false"),
     ({"prompt": "Why?", "completion": "x", "label": "False"}, "its 'label' is false"),
@@ -162,9 +162,9 @@ REFUSED: list[tuple[Any, str]] = [
     ({"messages": '[{"role": "user"}]'}, "its 'messages' is text, not a list of messages"),
     (
         {"messages": [USER, ANSWER, ANSWER]},
-        "its prompt ends with a turn of the assistant, which its answer would follow",
+        "its prompt ends with an assistant turn, so the answer would be a second one",
     ),
-    ({"prompt": [USER, ANSWER], "completion": [ANSWER]}, "its prompt ends with a turn of the assistant"),
+    ({"prompt": [USER, ANSWER], "completion": [ANSWER]}, "its prompt ends with an assistant turn"),
     ({"messages": [{"content": "Why?"}, ANSWER]}, "message 1 of its 'messages' has no role"),
     ({"messages": [{"role": "user"}, ANSWER]}, "message 1 of its 'messages' has no content"),
     *(
@@ -197,7 +197,7 @@ REFUSED: list[tuple[Any, str]] = [
         {"conversations": [{"from": "narrator", "value": "x"}]},
         "message 1 of its 'conversations' is from 'narrator'; allowed: ",
     ),
-    ({"conversations": "x"}, "its 'conversations' is neither text nor a list of messages, but text"),
+    ({"conversations": "x"}, "its 'conversations' must be a list of messages, but is text"),
     ({"conversations": [{"from": "human"}, ANSWER]}, "message 1 of its 'conversations' has no content"),
     ({"chosen": "Human: Why? Assistant: x"}, "its 'chosen' is plain text and there is no 'prompt'"),
     ({"prompt": "Who?", "chosen": [USER, ANSWER]}, "its 'chosen' starts with a different prompt from 'prompt'"),
@@ -228,7 +228,7 @@ LEFT_OUT: list[tuple[dict[str, Any], dict[str, str], str]] = [
 def test_a_part_of_the_prompt_is_never_left_out_in_silence(
     item: dict[str, Any], names: dict[str, str], column: str
 ) -> None:
-    with pytest.raises(Unusable, match=f"has '{column}', which is not in the prompt that was read; write it into"):
+    with pytest.raises(Unusable, match=f"has a column '{column}' whose text is not in the prompt; add it"):
         row(item, **({**names, "completion_column": "output"} if names else {}))
 
 
@@ -241,5 +241,7 @@ def test_a_row_is_refused_in_its_own_words(item: Any, reason: str) -> None:
 def test_lines_in_data_that_are_no_rows_are_named(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('{"prompt": "Why?", "completion": "x"}\n')
-    with pytest.raises(TpawError, match=r"train\.jsonl: row 1 is not as `tpaw data` writes it; put your own rows in"):
+    with pytest.raises(
+        TpawError, match=r"train\.jsonl: row 1 is not in the format that `tpaw data` writes; put your own rows in"
+    ):
         list(read_rows(path))

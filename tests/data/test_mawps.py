@@ -54,7 +54,7 @@ def test_a_mawps_row_keeps_its_numbers_masked_and_its_target_is_the_equation(
     ],
 )
 def test_a_broken_mawps_row_is_refused(changes: dict[str, Any], make: Make) -> None:
-    with pytest.raises(TpawError, match=r"1 of 1 rows cannot be used; the first reason: row 1: "):
+    with pytest.raises(TpawError, match=r"1 of 1 rows cannot be used; the first reasons: row 1: "):
         make([{**MAWPS, "Answer": "7.5", **changes}], format="mawps")
 
 

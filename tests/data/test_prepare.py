@@ -71,7 +71,7 @@ def test_rows_are_made_again_where_anything_that_decides_them_changed(
     assert made() == first
 
 
-TOO_MANY = "cannot be used; the first reason: row 1: "
+TOO_MANY = "cannot be used; the first reasons: row 1: "
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,8 @@ TOO_MANY = "cannot be used; the first reason: row 1: "
             TOO_MANY + "its target in 'completion' is the value 4",
         ),
         ({"train": [{"prompt": " ", "completion": "That."}]}, TOO_MANY + "its prompt is empty"),
-        ({"train": [{"prompt": 3, "completion": "That."}]}, TOO_MANY + "its prompt is neither text nor a list"),
-        ({"train": [{"prompt": ["What?"], "completion": "That."}]}, TOO_MANY + "its prompt is neither text nor a list"),
+        ({"train": [{"prompt": 3, "completion": "That."}]}, TOO_MANY + "its prompt must be text or a list"),
+        ({"train": [{"prompt": ["What?"], "completion": "That."}]}, TOO_MANY + "its prompt must be text or a list"),
         ({"train": [["What?", "That."]]}, TOO_MANY + "is list, not an object"),
         ({"train": [{"messages": []}]}, TOO_MANY + "'messages' must contain a prompt"),
         ({"train": [messages(PAIRS[0])["messages"][:1]]}, TOO_MANY + "is list"),
@@ -123,7 +123,7 @@ def test_bad_input_is_refused_by_name_and_leaves_data_as_it_was(
 def test_few_unusable_rows_are_counted_and_reported_and_many_stop(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     rows = [*PAIRS[:8], {"prompt": "no target"}, {"prompt": "none here", "completion": ""}]
     assert make(rows, max_skipped=0.2) == {"train": 8, "heldout": 2}
-    assert "train.jsonl: 2 of 10 rows cannot be used; the first reason: row 9: has no 'completion'" in caplog.text
+    assert "train.jsonl: 2 of 10 rows cannot be used; the first reasons: row 9: has no 'completion'" in caplog.text
     with pytest.raises(TpawError, match=r"2 of 10 rows cannot be used.* raise data\.max_skipped \(now 0\.19\)"):
         make(rows, max_skipped=0.19)
 

@@ -73,7 +73,7 @@ def test_columns_of_a_csv_have_the_names_the_recipe_gives(workspace: Workspace) 
     [
         ({"train": b""}, r"train\.jsonl: is empty"),
         ({"heldout": b""}, r"heldout\.jsonl: is empty"),
-        ({"train": b"\n\n"}, r"train\.jsonl: contains no rows"),
+        ({"train": b"\n\n"}, r"train\.jsonl: contains no usable rows"),
         ({"train": jsonl(PAIRS[:2]).encode() + b"{oops\n"}, r"train\.jsonl: line 3 is not JSON"),
         ({"train": b"\n" + jsonl(PAIRS[:1]).encode() + b"not JSON\n"}, r"train\.jsonl: line 3 is not JSON"),
         ({"train": jsonl(PAIRS[:1]).encode() + b'{"prompt": "\xff"}\n'}, r"train\.jsonl: is not UTF-8 text"),
@@ -105,7 +105,7 @@ def test_a_file_that_cannot_be_read_is_named_and_leaves_data_as_it_was(
         ("bad.parquet", parquet([{}, {}]), r"bad\.parquet: not a readable Parquet file: it has no columns"),
         ("bad.csv", b"prompt,completion\n\xff\xfe,b\n", r"bad\.csv: is not UTF-8 text"),
         ("bad.csv", b"", r"bad\.csv: is empty"),
-        ("bad.csv", b"prompt,completion\n", r"bad\.csv: contains no rows"),
+        ("bad.csv", b"prompt,completion\n", r"bad\.csv: contains no usable rows"),
     ],
 )
 def test_a_file_of_another_format_that_cannot_be_read_is_named(

@@ -132,7 +132,7 @@ def test_reasoning_of_earlier_turns_may_go_but_not_what_they_say(template: str) 
 
 def test_reasoning_that_the_template_leaves_out_of_the_answer_is_named() -> None:
     made = row("<think>\n3 x 2\n</think>\n\n6")
-    assert refused(STRIPPING, made).startswith("the chat template leaves out what its answer has before '</think>'")
+    assert refused(STRIPPING, made).startswith("the chat template drops the part of its answer before '</think>'")
 
 
 @pytest.mark.parametrize("answer", ["<think>\n3 x 2\n</think>\n\n6", "<think>3 x 2</think>6"])
@@ -234,4 +234,6 @@ def test_digits_that_look_like_the_marks_of_texts_are_only_digits() -> None:
 
 def test_a_template_whose_words_around_an_answer_hang_on_it_is_refused() -> None:
     template = CHATML.replace("'<|im_end|>\n'", "('<|im_end|>\n' if m['content'] | length < 9 else '<end_turn>\n')")
-    assert refused(template, row("6", {"role": "user", "content": "3?"})).startswith("what the chat template writes")
+    assert refused(template, row("6", {"role": "user", "content": "3?"})).startswith(
+        "the text that the chat template writes"
+    )

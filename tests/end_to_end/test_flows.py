@@ -205,7 +205,7 @@ def test_a_broken_model_and_broken_rows_are_both_named_before_anything_is_traine
     assert alone.returncode == 1
     for said in (log, alone.stderr):
         assert "2 problems to fix before a run:" in said
-        assert re.search(r"- rows\.jsonl: 20 of 40 rows cannot be used; the first reason: row 21: ", said)
+        assert re.search(r"- rows\.jsonl: 20 of 40 rows cannot be used; the first reasons: row 21: ", said)
         assert "- model 'broken': cannot be loaded" in said
     assert log.count("(Alpaca)") == 1, "the layouts that are read, whoever repeats the failure"
     assert "Running stage" not in log

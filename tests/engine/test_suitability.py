@@ -59,7 +59,11 @@ def test_a_model_that_fits_has_no_reason_against_it() -> None:
         ("ctrl", {"dff": 16}, r"it has 64 positions \(transformer\.pos_encoding\)"),
         ("gptj", {"rotary_dim": 4}, r"it has 64 positions \(transformer\.h\.0\.attn\.embed_positions\)"),
         ("mpt", {"d_model": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 64}, r"it has 64 positions \(max_seq_len"),
-        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "its dynamic positions change"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "one text of over 64 tokens changes its dynamic positions",
+        ),
         (
             "phi3",
             {
@@ -67,7 +71,7 @@ def test_a_model_that_fits_has_no_reason_against_it() -> None:
                 "original_max_position_embeddings": 64,
                 "rope_scaling": {"type": "longrope", "long_factor": [4.0] * 4, "short_factor": [1.0] * 4},
             },
-            "its longrope positions change for a whole batch that has a text of over 64 tokens",
+            "one text of over 64 tokens changes its longrope positions for the whole batch",
         ),
     ],
 )
@@ -94,7 +98,7 @@ def test_a_model_without_weights_to_train() -> None:
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (None, "its tokenizer has no chat template; give one in model.chat_template"),
+        (None, "its tokenizer has no chat template; set one in model.chat_template"),
         ({"rag": PLAIN, "tool_use": PLAIN}, r"several chat templates (rag, tool_use) and none is named default"),
         ("{% for m in messages %}\n{{ m['content' }}", "is not valid Jinja (line 2:"),
         ("{{ messages | shout }}", "is not valid Jinja (line 1: No filter named 'shout'"),

@@ -96,7 +96,7 @@ def test_a_sound_model_and_rows_have_nothing_to_fix(own: Callable[..., str]) -> 
     [
         (["data.path=nowhere.jsonl"], {}, r"nowhere\.jsonl: does not exist"),
         (["model.model_name_or_path=nowhere"], {}, "model 'nowhere': cannot be loaded"),
-        (["model.max_length=5"], {}, r"train\.jsonl: .* model\.max_length is 5"),
+        (["model.max_length=5"], {}, r"train\.jsonl: .* \(model\.max_length is 5\)"),
         (["evaluation.answer_pattern=@@ (\\d+)"], {}, "finds no answer in its target"),
         (["evaluation.metric=acc"], {}, "heldout is scored by exact_match"),
         pytest.param(["evaluation.tasks=[heldout, gsm9k]"], {}, "has no task named 'gsm9k'", marks=pytest.mark.slow),

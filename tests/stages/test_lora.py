@@ -290,7 +290,10 @@ def test_its_base_is_asked_for_where_it_names_none_that_is_here(elsewhere: Path,
 def test_check_names_what_lora_would_refuse(elsewhere: Path, base: Path, tmp_path: Path) -> None:
     for overrides, reason in (
         ([f"model.model_name_or_path={elsewhere}", "lora.r=16"], r"set lora\.r=4 lora\.alpha=8"),
-        ([f"model.model_name_or_path={elsewhere}", "lora=null"], r"set lora\.r and lora\.alpha to go on from it"),
+        (
+            [f"model.model_name_or_path={elsewhere}", "lora=null"],
+            r"set lora\.r and lora\.alpha to continue training it",
+        ),
         ([f"model.model_name_or_path={base}", "lora.target_modules=[lm_head]"], "the output projection; leave them"),
         ([f"model.model_name_or_path={base}", "lora.target_modules=nothing"], r"lora\.target_modules=nothing: "),
         ([f"model.model_name_or_path={base}", "generation.backend=vllm"], r"set generation\.dtype=bfloat16"),

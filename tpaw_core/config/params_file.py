@@ -69,7 +69,7 @@ def read_template(workspace: Workspace, given: str) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
-        raise TpawError(f"{path}: is not a file of text in UTF-8; model.chat_template needs one") from None
+        raise TpawError(f"{path}: is not a UTF-8 text file, as model.chat_template requires") from None
     if "{" not in text:
         raise TpawError(f"{path}: contains no Jinja template, which model.chat_template needs")
     return text
@@ -84,7 +84,7 @@ def resolve(
     their YAML text with every default written out: DVC tracks values, and cannot track what is left out.
     """
     source = workspace.params_file if recipe is None else recipe_path(workspace, recipe)
-    tree = read_yaml(source)
+    tree, overrides = read_yaml(source), list(overrides)
     for override in overrides:
         _override(tree, override)
     model = tree.get("model")
@@ -99,7 +99,8 @@ def resolve(
             before, own = (known.get(str(n), {}) for n in (number - 1, number))
             if isinstance(before, dict) and isinstance(own, dict) and "previous" not in own:
                 known[str(number)] = {**before, **own, "previous": number - 1}
-    params = validate(tree, str(source))
+    keys = ", ".join(override.partition("=")[0] for override in overrides)
+    params = validate(tree, f"{source} with {keys} given" if keys else str(source))
     _write_out(tree, params.model_dump(mode="json", by_alias=True, exclude={"iterations"}))
     text = StringIO()
     _yaml().dump(tree, text)

@@ -62,15 +62,17 @@ def find_ending(tokenizer: Any, rows: Iterable[Row], options: Mapping[str, Any],
     opening = min(openings, key=len, default="")
     if not all(other.endswith(opening) for other in openings):
         raise TpawError(
-            f"{tokenizer.name_or_path}: its chat template ends what it writes before answers in different words "
-            f"({', '.join(sorted(openings))}), so where an answer begins is unknown; set a different template in "
+            f"{tokenizer.name_or_path}: the text that its chat template writes before answers ends differently "
+            f"from row to row ({', '.join(sorted(openings))}), so where an answer begins is unknown; set a different "
+            "template in "
             "model.chat_template"
         )
     end = ends.pop() if ends else None
     if end is None and not own:
         raise TpawError(
             f"{tokenizer.name_or_path}: no answer could ever end: its tokenizer has no EOS token, and its chat "
-            "template ends no turn with a special token; set one of both"
+            "template ends no turn with a special token; set an EOS token, or a template in model.chat_template that "
+            "does"
         )
     last = own[0] if end is None else end
     return Ending(last, tuple(dict.fromkeys([last, *stops])), end is not None, opening)
@@ -125,7 +127,8 @@ def encode(
             target = ending.close(ids)
             if len(prompt) >= max_length:
                 reasons.append(
-                    f"row {place + 1}: its prompt has {len(prompt)} tokens, but model.max_length is {max_length}"
+                    f"row {place + 1}: its prompt has {len(prompt)} tokens, which leaves no room for an answer "
+                    f"(model.max_length is {max_length})"
                 )
                 continue
             if (early := ending.early(target)) is not None:

@@ -68,8 +68,9 @@ def _refuse_left_out(item: dict[Any, Any], prompt: list[Message], read: set[str]
     for column in others:
         if not all(_plain(text) in said for text in _texts(item[column])):
             raise Unusable(
-                f"has {column!r}, which is not in the prompt that was read; write it into the prompt, or take the "
-                "column out where it has no meaning here"
+                f"has a column {column!r} whose text is not in the prompt; add it to the prompt, or remove the "
+                "column if "
+                "it is irrelevant"
             )
 
 

@@ -26,12 +26,12 @@ class Unusable(ValueError):
 
 def read_messages(given: Any, what: str) -> list[Message]:
     """The messages of a column; ``what`` names it in the reason. Keys without a value are dropped, others are kept."""
-    neither = f"its {what} is neither text nor a list of messages"
+    must = f"its {what} must be {'text or ' if what == 'prompt' else ''}a list of messages"
     if not isinstance(given, list):
-        raise Unusable(f"{neither}, but {kind(given)}")
+        raise Unusable(f"{must}, but is {kind(given)}")
     for number, message in enumerate(given, start=1):
         if not isinstance(message, dict):
-            raise Unusable(f"{neither}: item {number} is {kind(message)}")
+            raise Unusable(f"{must}, but item {number} is {kind(message)}")
     return [_message(message, f"message {number} of its {what}") for number, message in enumerate(given, start=1)]
 
 

@@ -197,4 +197,4 @@ def _usable(source: Source, data: Data, limit: int | None) -> Iterator[Row]:
         logger.info("%s: %d of %d rows repeat an earlier row and are left out", name, repeated, total)
     refuse_if_too_many(name, reasons, total, data.max_skipped)
     if not seen:
-        raise TpawError(f"{name}: contains no rows")
+        raise TpawError(f"{name}: contains no usable rows")

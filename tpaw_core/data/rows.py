@@ -61,7 +61,8 @@ def read_rows(path: Path) -> Iterator[Row]:
     for number, row in enumerate(read_json_lines(path), start=1):
         if not isinstance(row, dict) or not all(name in row for name in REQUIRED):
             raise TpawError(
-                f"{path}: row {number} is not as `tpaw data` writes it; put your own rows in another file and set "
+                f"{path}: row {number} is not in the format that `tpaw data` writes; put your own rows in another "
+                "file and set "
                 "data.path to it"
             )
         yield Row(**{name: row[name] for name in (*REQUIRED, *OPTIONAL) if name in row})
@@ -76,7 +77,7 @@ def refuse_if_too_many(name: str, reasons: list[str], total: int, max_skipped: f
     first = "; ".join(reasons[:3])
     if LAYOUTS in first:  # once is enough
         first = f"{first.replace(f'; {LAYOUTS}', '')}; {LAYOUTS}"
-    summary = f"{name}: {len(reasons)} of {total} rows cannot be used; the first reason: {first}"
+    summary = f"{name}: {len(reasons)} of {total} rows cannot be used; the first reasons: {first}"
     if len(reasons) > max_skipped * total:
         raise TpawError(f"{summary}. Fix the rows, or raise data.max_skipped (now {max_skipped})")
     logger.info(summary)
@@ -99,8 +100,9 @@ def usable_row(item: Any, data: Data) -> Row:
         raise Unusable("its prompt is empty")
     if prompt[-1]["role"] == "assistant":
         raise Unusable(
-            "its prompt ends with a turn of the assistant, which its answer would follow as a second one; put both "
-            "into one turn, or end the prompt with another role's"
+            "its prompt ends with an assistant turn, so the answer would be a second one in a row; merge the two, or "
+            "end "
+            "the prompt with a user turn"
         )
     more = [] if tools is None and answer is None else [tools, answer]
     try:

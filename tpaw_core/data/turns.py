@@ -125,14 +125,18 @@ def _turn(tokenizer: Any, row: Row, messages: list[Message], options: Mapping[st
     rest, _, tail = said.rpartition(last)[2].partition(end)
     shown = whole.removesuffix(tail)
     if not (prompt.endswith(before) and whole.endswith(tail) and shown.rstrip().endswith(rest.rstrip())):
-        raise Unusable("what the chat template writes around its answer changes with the row's own texts")
+        raise Unusable(
+            "the text that the chat template writes around its answer depends on the row's content; set a different "
+            "template "
+            "in model.chat_template"
+        )
     start = len(rest) - len(_shown_end(row.completion.strip(), rest))
     same = len(before) if rest.startswith(before) else min(_common(before, rest), start)
     own, preamble = before[same:], rest[same:start]
     if own and preamble.strip():
         raise Unusable(
-            f"before an answer the chat template writes {before!r} when it prompts, and {rest[:start]!r} in a "
-            "conversation; give another one in model.chat_template, or look at model.chat_template_kwargs"
+            f"the chat template writes {before!r} before an answer when it prompts, but {rest[:start]!r} in a whole "
+            "conversation; set a different template in model.chat_template, or adjust model.chat_template_kwargs"
         )
     if REASONING_END in own and REASONING_END in rest[start:]:
         raise Unusable("the chat template ends the reasoning when it prompts, but its answer contains reasoning")
@@ -160,8 +164,8 @@ def _shown_end(answer: str, rest: str) -> str:
     reasoning, _, said = answer.rpartition(REASONING_END)
     if reasoning.strip().removeprefix("<think>").strip() not in rest:
         raise Unusable(
-            f"the chat template leaves out what its answer has before {REASONING_END!r}; give one in "
-            "model.chat_template that shows it"
+            f"the chat template drops the part of its answer before {REASONING_END!r}; set a template in "
+            "model.chat_template that keeps it"
         )
     return said.strip()
 

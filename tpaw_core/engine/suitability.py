@@ -41,7 +41,7 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
 
     template: Any = tokenizer.chat_template
     if not template:
-        yield "its tokenizer has no chat template; give one in model.chat_template"
+        yield "its tokenizer has no chat template; set one in model.chat_template"
     elif isinstance(template, dict):
         yield (
             f"its tokenizer has several chat templates ({', '.join(sorted(template))}) and none is named default; "
@@ -109,6 +109,6 @@ def _longest(model: PreTrainedModel) -> tuple[int | None, str]:
     for own in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         if own.get("rope_type") in ("dynamic", "longrope"):
             first = min(filter(None, (own.get("original_max_position_embeddings"), positions)))
-            why = f"its {own['rope_type']} positions change for a whole batch that has a text of over {first} tokens"
+            why = f"one text of over {first} tokens changes its {own['rope_type']} positions for the whole batch"
             limits.append((first, why))
     return min(limits, default=(None, ""))

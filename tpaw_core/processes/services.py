@@ -191,7 +191,9 @@ def _refuse_moved_ports(known: Mapping[str, Daemon], running: set[str], missing:
     for service in missing:
         old = known[service.name].port if service.name in known else None
         if "worker" in running and old is not None and old != service.port:
-            raise TpawError(f"{service.name}: the running worker expects it on port {old}; `tpaw down`, then `tpaw up`")
+            raise TpawError(
+                f"{service.name}: the running worker expects it on port {old}; run `tpaw down`, then `tpaw up`"
+            )
 
 
 def _refuse_taken_ports(services: Sequence[Service]) -> None:

@@ -187,5 +187,5 @@ def _resources(context: Context, model: Any, adapter: Path | None, problems: Pro
         if share > free:
             problems.append(
                 f"disk: the checkpoints of all iterations need {readable(share)}, but only {readable(free)} is free in "
-                f"{folder}; free up space, set model.dtype=bfloat16, or start the flow with prune_after=true"
+                f"{folder}; free up space, or start the flow with prune_after=true"
             )
