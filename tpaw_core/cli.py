@@ -147,7 +147,7 @@ def report() -> None:
 
 @app.command()
 def table() -> None:
-    """Print one row per checkpoint, some answers before and after, and the seconds of the last flow run's stages."""
+    """Print one row per checkpoint, some answers before and after, and how long each stage took."""
     from tpaw_core.report import page
 
     print(page.summary(_workspace))

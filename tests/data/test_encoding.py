@@ -117,19 +117,19 @@ def test_a_preamble_that_only_the_prompt_has_stays_there(answer: str) -> None:
         (
             "{% for m in messages %}{% if m['role'] != 'developer' %}{{ m['content'] }}{% endif %}{% endfor %}",
             row("6", {"role": "developer", "content": "Be short."}, {"role": "user", "content": "3 carts?"}),
-            "leaves out its 'developer' message",
+            "leaves out this row's 'developer' message",
         ),
         (CHATML, row("6", answer={"reasoning_content": "two each"}), "leaves out the reasoning_content"),
         (
             CHATML,
             row("6", tools=[{"type": "function", "function": {"name": "count"}}]),
-            "leaves out its tool 'count'",
+            "leaves out this row's tool 'count'",
         ),
         (CHATML, row("6<|im_end|>"), "contains the special token '<|im_end|>'"),
         (
             OPENED.replace("m['role'] + '\n'", "m['role'] + '\n' + ('<a>' if m['role'] == 'assistant' else '')"),
             row("6"),
-            r"the chat template writes .*<think>.* before an answer when it prompts, but .*<a>' in a whole conv",
+            r"puts .*<think>.* before the answer, but a full conversation has .*<a>' there",
         ),
     ],
 )
@@ -163,7 +163,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(missing: str | None) -> 
 
 def test_an_answer_that_the_template_changes_is_not_guessed() -> None:
     changed = CHATML.replace("m['content']", "(m['content'] | upper if m['role'] == 'assistant' else m['content'])")
-    with pytest.raises(Unusable, match="changes the text of its answer"):
+    with pytest.raises(Unusable, match="changes the text of this row's answer"):
         turns.turn(make(changed), row("abc"), {})
 
 
@@ -406,6 +406,6 @@ def test_words_that_open_some_answers_only() -> None:
     optional = template.replace("'<c>'", "('<c>' if m['thinking'] else '')")
     assert encode(make(optional), [plain, reasoned])[0].opening == "<b><c>"
     with pytest.raises(
-        TpawError, match=r"row 101: the chat template writes '<b><c>' before its answer, but not before"
+        TpawError, match=r"row 101: the chat template writes '<b><c>' before this row's answer, but not before"
     ):
         encode(make(optional), [*[plain] * 100, reasoned])

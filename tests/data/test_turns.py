@@ -90,15 +90,15 @@ def test_arguments_of_a_call_are_json_whatever_the_template_expects(template: st
 def test_a_dropped_turn_is_seen_though_its_text_stands_elsewhere(text: str) -> None:
     without = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
     made = row("6", {"role": "system", "content": text}, ASKED, {"role": "user", "content": "2"})
-    assert refused(without, made) == "the chat template leaves out its 'system' message"
+    assert refused(without, made) == "the chat template leaves out this row's 'system' message"
 
 
 def test_a_dropped_tool_is_seen_though_its_name_stands_elsewhere() -> None:
     tool = {"type": "function", "function": {"name": "carts"}}
-    assert refused(CHATML, row("6", tools=[tool])) == "the chat template leaves out its tool 'carts'"
+    assert refused(CHATML, row("6", tools=[tool])) == "the chat template leaves out this row's tool 'carts'"
     call = {"function": {"name": "carts", "arguments": "{}"}}
     made = row("6", answer={"tool_calls": [call]})
-    assert refused(CHATML, made) == "the chat template leaves out its tool call 'carts'"
+    assert refused(CHATML, made) == "the chat template leaves out this row's tool call 'carts'"
 
 
 def test_a_dropped_call_is_seen_though_its_tool_is_shown() -> None:
@@ -109,14 +109,14 @@ def test_a_dropped_call_is_seen_though_its_tool_is_shown() -> None:
     said = [ASKED, {"role": "assistant", "content": "", "tool_calls": [call, call]}, {"role": "tool", "content": "6"}]
     for template in (silent, first):
         for made in (row("6", *said, tools=[tool]), row("6", answer={"tool_calls": [call, call]}, tools=[tool])):
-            assert refused(template, made).endswith("its tool call 'count'")
+            assert refused(template, made).endswith("row's tool call 'count'")
             assert written(TOOLS, made)
 
 
 @pytest.mark.parametrize("change", ["[:20]", " | lower", " | replace('many', '')"])
 def test_a_text_that_is_cut_or_changed_is_refused(change: str) -> None:
     template = CHATML.replace("m['content']", f"(m['content']{change})")
-    assert "its 'user' message" in refused(template, row("6"))
+    assert "row's 'user' message" in refused(template, row("6"))
 
 
 @pytest.mark.parametrize("template", [STRIPPING, QWEN])
@@ -127,12 +127,14 @@ def test_reasoning_of_earlier_turns_may_go_but_not_what_they_say(template: str) 
     assert "3 x 2" not in prompt
     assert "It is 6.<|im_end|>" in prompt
     silent = template.replace("[-1]", "[0]").replace("| trim }}", "| trim | replace('6', '') }}")
-    assert "its 'assistant' message" in refused(silent, made)
+    assert "row's 'assistant' message" in refused(silent, made)
 
 
 def test_reasoning_that_the_template_leaves_out_of_the_answer_is_named() -> None:
     made = row("<think>\n3 x 2\n</think>\n\n6")
-    assert refused(STRIPPING, made).startswith("the chat template drops the part of its answer before '</think>'")
+    assert refused(STRIPPING, made).startswith(
+        "the chat template drops the part of this row's answer before '</think>'"
+    )
 
 
 @pytest.mark.parametrize("answer", ["<think>\n3 x 2\n</think>\n\n6", "<think>3 x 2</think>6"])
@@ -165,7 +167,7 @@ def test_where_the_answer_s_own_text_opens(template: str, made: Row, opening: st
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_under_any_name_is_shown_or_refused(key: str) -> None:
     made = row("6", answer={key: "two each"})
-    assert refused(CHATML, made) == f"the chat template leaves out the {key} of its answer"
+    assert refused(CHATML, made) == f"the chat template leaves out the {key} of this row's answer"
     assert "two each" in written(THINKING.replace("reasoning_content", key), made).preamble
 
 
@@ -182,7 +184,7 @@ def test_the_row_s_reasoning_is_no_part_of_what_opens_answers(reasoning: str) ->
 def test_an_answer_with_reasoning_is_refused_where_the_prompt_ends_it() -> None:
     """Qwen3.5's template without thinking: two blocks of reasoning would stand before the answer."""
     ended = QWEN.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n\n</think>\n\n' }}{% endif %}")
-    assert "its answer contains reasoning" in refused(ended, row("<think>\n3 x 2\n</think>\n\n6"))
+    assert "row's answer contains reasoning" in refused(ended, row("<think>\n3 x 2\n</think>\n\n6"))
     assert written(ended, row("6")).answer == "6"
 
 
@@ -195,7 +197,7 @@ def test_a_template_that_reads_parts_gets_parts() -> None:
 
 def test_a_template_that_prints_a_list_as_it_is_gets_none() -> None:
     printing = CHATML.replace("m['content']", "(m['content'] | string if m['content'] is not string else '')")
-    assert refused(printing, row("6")) == "the chat template leaves out its 'user' message"
+    assert refused(printing, row("6")) == "the chat template leaves out this row's 'user' message"
 
 
 def test_what_a_tool_says_may_be_written_as_json() -> None:
@@ -204,7 +206,7 @@ def test_what_a_tool_says_may_be_written_as_json() -> None:
     made = row("6", ASKED, {"role": "tool", "content": 'He said "6".\nÉté'})
     assert r"\"6\".\n" in written(template, made).prompt
     everything = CHATML.replace("m['content']", "(m['content'] | tojson if m['role'] == 'assistant' else m['content'])")
-    assert refused(everything, row('It is "6".')) == "the chat template changes the text of its answer"
+    assert refused(everything, row('It is "6".')) == "the chat template changes the text of this row's answer"
 
 
 @pytest.mark.parametrize("completion", ["6", " 6", "6\n", "\n\n6 \n", "<|assistant|>\n6", "assistant\n6", "user\n\n6"])

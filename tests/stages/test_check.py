@@ -100,7 +100,11 @@ def test_a_sound_model_and_rows_have_nothing_to_fix(own: Callable[..., str]) -> 
         (["evaluation.answer_pattern=@@ (\\d+)"], {}, "finds no answer in its target"),
         (["evaluation.metric=acc"], {}, "heldout is scored by exact_match"),
         pytest.param(["evaluation.tasks=[heldout, gsm9k]"], {}, "has no task named 'gsm9k'", marks=pytest.mark.slow),
-        (["model.chat_template={% for m in messages %}{{ 'x' }}{% endfor %}"], {}, "leaves out its 'user' message"),
+        (
+            ["model.chat_template={% for m in messages %}{{ 'x' }}{% endfor %}"],
+            {},
+            "leaves out this row's 'user' message",
+        ),
         (["model.chat_template={% for m in %}"], {}, "not valid Jinja"),
         (["training.optim=foo"], {}, "training: .*optim=foo.* not a valid"),
         (["sft.lr_scheduler_type=cosine_with_min_lr"], {}, "sft: .*min_lr"),

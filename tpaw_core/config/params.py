@@ -78,7 +78,7 @@ class Lora(Section):
     def _names(cls, given: Any) -> Any:
         names = given if isinstance(given, list) else [given]
         if not names or not all(isinstance(name, str) and name for name in names):
-            raise ValueError("must be all-linear, a list of modules' names, or a regular expression of them")
+            raise ValueError("must be all-linear, a list of module names, or a regular expression that matches them")
         return given
 
 
@@ -227,7 +227,7 @@ class Params(Section):
         for number, (key, entry) in enumerate(self.iterations.items(), start=1):
             if key != str(number) or entry.previous != number - 1:
                 raise ValueError(
-                    f"iterations.{key}: the keys are 1, 2, 3 ... in order, each with the one before as previous; "
+                    f"iterations.{key}: the keys are 1, 2, 3 ... in order, each with the number before it as previous; "
                     f"write '{number}': {{previous: {number - 1}}} here"
                 )
         return self

@@ -122,7 +122,7 @@ def encode(
         total += len(some)
         for (place, row), (prompt, ids) in zip(kept, _tokenised(texts, tokenizer), strict=True):
             if ids is None:
-                reasons.append(f"row {place + 1}: the tokenizer cannot split its answer from its prompt")
+                reasons.append(f"row {place + 1}: a token spans the boundary between its prompt and its answer")
                 continue
             target = ending.close(ids)
             if len(prompt) >= max_length:
@@ -156,8 +156,8 @@ def _texts(
     own = turn(tokenizer, row, options)
     if own.opening and not (ending.opening and own.opening.endswith(ending.opening)):
         raise Unusable(
-            f"the chat template writes {own.opening!r} before its answer, but not before the answers of the first "
-            f"{ROWS_FOR_THE_END} rows; put such a row among them"
+            f"the chat template writes {own.opening!r} before this row's answer, but not before the answers of the "
+            f"first {ROWS_FOR_THE_END} rows; move a row like this one among them"
         )
     if not ending.in_template:
         if own.preamble.strip():  # its end could then be mistaken

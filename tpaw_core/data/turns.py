@@ -135,14 +135,17 @@ def _turn(tokenizer: Any, row: Row, messages: list[Message], options: Mapping[st
     own, preamble = before[same:], rest[same:start]
     if own and preamble.strip():
         raise Unusable(
-            f"the chat template writes {before!r} before an answer when it prompts, but {rest[:start]!r} in a whole "
-            "conversation; set a different template in model.chat_template, or adjust model.chat_template_kwargs"
+            f"the chat template's generation prompt puts {before!r} before the answer, but a full conversation has "
+            f"{rest[:start]!r} there; set a different template in model.chat_template, or adjust "
+            "model.chat_template_kwargs"
         )
     if REASONING_END in own and REASONING_END in rest[start:]:
-        raise Unusable("the chat template ends the reasoning when it prompts, but its answer contains reasoning")
+        raise Unusable(
+            "the generation prompt already closes the reasoning block, but this row's answer contains reasoning"
+        )
     thoughts = [str((row.answer or {}).get(name) or "").strip() for name in REASONING]
     if hidden := [name for name, text in zip(REASONING, thoughts, strict=True) if text not in preamble]:
-        raise Unusable(f"the chat template leaves out the {hidden[0]} of its answer")
+        raise Unusable(f"the chat template leaves out the {hidden[0]} of this row's answer")
     opening = _opening(preamble, max(thoughts, key=len))
     answer = rest[max(start, same) :] + shown[len(shown.rstrip()) :]
     calls = tail.removesuffix(after_calls) if after_calls is not None else ""
@@ -164,7 +167,7 @@ def _shown_end(answer: str, rest: str) -> str:
     reasoning, _, said = answer.rpartition(REASONING_END)
     if reasoning.strip().removeprefix("<think>").strip() not in rest:
         raise Unusable(
-            f"the chat template drops the part of its answer before {REASONING_END!r}; set a template in "
+            f"the chat template drops the part of this row's answer before {REASONING_END!r}; set a template in "
             "model.chat_template that keeps it"
         )
     return said.strip()
@@ -185,9 +188,9 @@ def _refuse_hidden(row: Row, marked: Marked, asked: str, said: str) -> None:
         assistant = message["role"] == "assistant"
         form = text.rpartition(REASONING_END)[2].strip() if assistant else json.dumps(text, ensure_ascii=False)[1:-1]
         if not parts:
-            raise Unusable(f"the chat template leaves out its {whose}")
+            raise Unusable(f"the chat template leaves out this row's {whose}")
         if end and not any(part.endswith((text, form)) for part in parts):
-            raise Unusable(f"the chat template changes the text of its {whose}")
+            raise Unusable(f"the chat template changes the text of this row's {whose}")
     if marked.ends[-2] not in said:
         raise Unusable("the chat template leaves the last message of its prompt out once there is an answer")
     for kind, items, where in (
@@ -197,7 +200,7 @@ def _refuse_hidden(row: Row, marked: Marked, asked: str, said: str) -> None:
     ):
         for item in items:
             if (name := _function(item).get("name")) and name not in where:
-                raise Unusable(f"the chat template leaves out its {kind} {marked.named.sub('', name)!r}")
+                raise Unusable(f"the chat template leaves out this row's {kind} {marked.named.sub('', name)!r}")
     if any(_as_python(message, asked + said) for message in marked.messages):
         raise Unusable("the chat template writes the arguments of a tool call as Python does, not as JSON")
 

@@ -109,6 +109,6 @@ def _longest(model: PreTrainedModel) -> tuple[int | None, str]:
     for own in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         if own.get("rope_type") in ("dynamic", "longrope"):
             first = min(filter(None, (own.get("original_max_position_embeddings"), positions)))
-            why = f"one text of over {first} tokens changes its {own['rope_type']} positions for the whole batch"
+            why = f"it scales RoPE ({own['rope_type']}): one text of over {first} tokens changes its whole batch"
             limits.append((first, why))
     return min(limits, default=(None, ""))

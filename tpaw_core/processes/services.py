@@ -221,7 +221,7 @@ def _wait(workspace: Workspace, names: Sequence[str], known: Mapping[str, Daemon
             if health.answers(name, known[name]):
                 waiting.remove(name)
             elif time.monotonic() > deadline:
-                remedy = "see its log" if name in started else "`tpaw down`, then `tpaw up`"
+                remedy = "see its log" if name in started else "run `tpaw down`, then `tpaw up`"
                 raise TpawError(
                     f"{name}: did not answer within {SECONDS_TO_START} s; {remedy}; last lines of {log}:\n{_tail(log)}"
                 )
