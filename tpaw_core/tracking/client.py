@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from mlflow.exceptions import MlflowException
 
 from tpaw_core.errors import TpawError, Unavailable
 from tpaw_core.workspace.paths import Workspace
+
+SECONDS_AWAY = 3.0  # a server that restarts, or a connection that was cut
 
 
 def tracking_uri(workspace: Workspace) -> str:
@@ -61,15 +64,24 @@ def _experiment(client: MlflowClient, name: str, uri: str, artifacts: str | None
 
 
 def _refuse_if_silent(uri: str) -> None:
-    """Raise at once, rather than after minutes of retries, where no MLflow server answers."""
+    """Raise after seconds, rather than after minutes of retries, where no MLflow server answers."""
+    deadline = time.monotonic() + SECONDS_AWAY
+    while (refusal := _silence(uri)) is not None:
+        if time.monotonic() > deadline:
+            raise refusal
+        time.sleep(0.2)
+
+
+def _silence(uri: str) -> Unavailable | None:
     try:
         urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
     except urllib.error.HTTPError:
-        return  # it answers; permissions are a later question
+        return None  # it answers; permissions are a later question
     except (http.client.InvalidURL, ValueError) as error:
         raise TpawError(f"MLFLOW_TRACKING_URI {uri}: not a valid address ({error}); fix or unset it") from None
     except OSError as error:
-        raise Unavailable(
+        return Unavailable(
             f"MLFLOW_TRACKING_URI {uri}: no MLflow server answers ({error}); start it with `make up`, "
             "or unset the variable to use the local database"
-        ) from None
+        )
+    return None
