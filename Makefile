@@ -15,7 +15,7 @@ demo: up  ## SFT and four iterations of a small model through Prefect, DVC and M
 	$(BIN)/prefect deployment run tpaw/iterate --watch --param recipe=demo --param 'overrides=["seed=$(SEED)"]'
 	@echo && $(BIN)/tpaw table && echo && $(BIN)/tpaw status
 
-real: install  ## the same with SmolLM2-135M-Instruct, from a package: SFT, two iterations, answers before and after
+real: install  ## the same with SmolLM2-135M-Instruct, from a package: SFT, two iterations, a table and sample answers
 	@$(BIN)/python -m tpaw_core.artifacts.smollm2 .tpaw/models/SmolLM2-135M-Instruct
 	@$(BIN)/tpaw up
 	@tail -n 0 -F .tpaw/logs/worker.log & log=$$!; trap "kill $$log" EXIT; $(DIRECT); \

@@ -80,11 +80,11 @@ def test_help_names_every_stage(tpaw: Tpaw) -> None:
     [
         (
             ["generate", "-t", "1"],
-            "checkpoints/0: does not exist, and iteration 1 starts from it; make it with `tpaw sft`",
+            "checkpoints/0: does not exist, but iteration 1 starts from it; make it with `tpaw sft`",
         ),
         (
             ["team", "--iteration", "3"],
-            "checkpoints/2: does not exist, and iteration 3 starts from it; make it with `tpaw train",
+            "checkpoints/2: does not exist, but iteration 3 starts from it; make it with `tpaw train",
         ),
         (["encode"], "data/train.jsonl: does not exist; make it with `tpaw data`"),
         (["evaluate", "-t", "0"], "encoded/tokenizer/ending.json: does not exist; make it with `tpaw encode`"),

@@ -65,9 +65,7 @@ def _options(
 
 @app.command()
 def use(
-    recipe: Annotated[
-        str | None, typer.Argument(help="A recipe's name; omit it to change the current params.yaml.")
-    ] = None,
+    recipe: Annotated[str | None, typer.Argument(help="A recipe's name; omit it to keep the current one.")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Switch params.yaml to a recipe, with overrides."""
@@ -147,7 +145,7 @@ def report() -> None:
 
 @app.command()
 def table() -> None:
-    """Print one row per checkpoint, some answers before and after, and how long each stage took."""
+    """Print one row per checkpoint, sample answers from before and after self-play, and how long each stage took."""
     from tpaw_core.report import page
 
     print(page.summary(_workspace))
@@ -155,9 +153,7 @@ def table() -> None:
 
 @app.command()
 def compare(
-    recipe: Annotated[
-        str | None, typer.Argument(help="A recipe; default: an existing study's, else params.yaml.")
-    ] = None,
+    recipe: Annotated[str | None, typer.Argument(help="A recipe; default: the study's, else params.yaml's.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ..., for all methods.")] = None,
     methods: Annotated[
         list[str] | None, typer.Option("--method", "-m", help="A method's name, or 'mine:objective.eta=2'; repeatable.")
@@ -165,8 +161,12 @@ def compare(
     seeds: Annotated[str | None, typer.Option(help="Seeds, e.g. 1-5 or 1,2,7.")] = None,
     rates: Annotated[str | None, typer.Option(help="Learning rates to try with every method, e.g. 1e-4,3e-4.")] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="Number of iterations.")] = None,
-    tuning_seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds choose the learning rate.")] = None,
-    validation_rows: Annotated[int | None, typer.Option(min=1, help="Held-out rows for that choice.")] = None,
+    tuning_seeds: Annotated[
+        int | None, typer.Option(min=1, help="Number of seeds used to choose the learning rate.")
+    ] = None,
+    validation_rows: Annotated[
+        int | None, typer.Option(min=1, help="Number of held-out rows used to choose the learning rate.")
+    ] = None,
     folder: Annotated[Path | None, typer.Option(help="The study's folder; default: studies/RECIPE.")] = None,
 ) -> None:
     """Compare methods on a recipe over several seeds, with 95% intervals; finished runs are reused."""

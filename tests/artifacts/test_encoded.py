@@ -95,7 +95,7 @@ def test_rows_of_other_data_are_refused(change: str, made: Workspace) -> None:
         message = rf"{made.encoded('train')}: was not made from the current data/train\.jsonl; recreate it with `tpaw"
     else:
         made.train_rows.unlink()
-        message = rf"{made.train_rows}: does not exist; get it back with `dvc checkout data`, or recreate it with `tp"
+        message = rf"{made.train_rows}: does not exist; restore it with `dvc checkout data`, or recreate it with `tp"
     with pytest.raises(TpawError, match=message):
         read_encoded(made, "train")
     assert read_encoded(made, "heldout").row_ids

@@ -163,7 +163,7 @@ def test_damage_is_one_message(tmp_path: Path, damage: Callable[[Path], Any], re
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "It does not fit into memory: use a smaller one"),
         (ImportError("needs optimum"), "It needs a package that is not installed"),
-        (KeyError("rope_type"), "Name a folder that exists, or a hub id"),
+        (KeyError("rope_type"), "Use a folder that exists, or a hub id"),
     ],
 )
 def test_whatever_is_raised_gets_a_remedy(

@@ -67,7 +67,7 @@ WORKSPACE = Workspace(ROOT)
         ("model.scratch=null", "model: set model_name_or_path, or set scratch"),
         ("sft.enabled=false", "sft.enabled: a model from scratch is untrained"),
         ("iterations={}", "iterations: Dictionary should have at least 1 item"),
-        ("iterations.1.previous=3", "write '1': {previous: 0} here"),
+        ("iterations.1.previous=3", "`previous` must be one less than its key; write '1': {previous: 0} here"),
         ("iterations.6.previous=5", "write '5': {previous: 4} here"),
         # missing sections and keys
         ("training=null", "training: Input should be a valid dictionary"),

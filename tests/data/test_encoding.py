@@ -62,7 +62,7 @@ def test_a_template_that_ends_no_turn_gets_eos() -> None:
 
 
 def test_without_any_end_the_tokenizer_is_refused() -> None:
-    with pytest.raises(TpawError, match="no answer could ever end"):
+    with pytest.raises(TpawError, match="there is no token that can end an answer: the tokenizer has no EOS"):
         encode(make(NO_END, eos=None), [row()])
 
 
@@ -364,7 +364,9 @@ def test_a_special_token_in_a_tool_call_or_a_tool_is_refused() -> None:
 
 def test_an_answer_that_ends_otherwise_than_the_first_ones_is_refused() -> None:
     template = CHATML.replace("'<|im_end|>\n'", "('<|im_end|>\n' if '6 6' not in m['content'] else '\n')")
-    with pytest.raises(TpawError, match=r"row 101: the chat template does not end its answer with '<\|im_end\|>'"):
+    with pytest.raises(
+        TpawError, match=r"row 101: the chat template does not end this row's answer with '<\|im_end\|>'"
+    ):
         encode(make(template), [*[row("6")] * 100, row("6 6")])
 
 
@@ -372,7 +374,7 @@ def test_a_call_after_an_answer_needs_an_end() -> None:
     calling = TOOLS.replace("<|im_end|>", "")
     call = {"function": {"name": "count", "arguments": "{}"}}
     made = row("6", answer={"tool_calls": [call]})
-    with pytest.raises(TpawError, match="its answer calls a tool, and the chat template writes no special token"):
+    with pytest.raises(TpawError, match="its answer calls a tool, but the chat template writes no special token"):
         encode(make(calling.replace("<|im_start|>", "")), [made])
     assert texts(make(TOOLS), encode(make(TOOLS), [made])[1])[1] == "6count{}<|im_end|>"
 

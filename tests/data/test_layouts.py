@@ -200,8 +200,11 @@ REFUSED: list[tuple[Any, str]] = [
     ({"conversations": "x"}, "its 'conversations' must be a list of messages, but is text"),
     ({"conversations": [{"from": "human"}, ANSWER]}, "message 1 of its 'conversations' has no content"),
     ({"chosen": "Human: Why? Assistant: x"}, "its 'chosen' is plain text and there is no 'prompt'"),
-    ({"prompt": "Who?", "chosen": [USER, ANSWER]}, "its 'chosen' starts with a different prompt from 'prompt'"),
-    ({"prompt": [SYSTEM], "chosen": [USER, ANSWER]}, "its 'chosen' starts with a different prompt from 'prompt'"),
+    ({"prompt": "Who?", "chosen": [USER, ANSWER]}, "the prompt at the start of its 'chosen' differs from its 'prompt'"),
+    (
+        {"prompt": [SYSTEM], "chosen": [USER, ANSWER]},
+        "the prompt at the start of its 'chosen' differs from its 'prompt'",
+    ),
     ({"instruction": "a", "input": ["b"], "output": "c"}, "its 'input' is a list, not text"),
     (
         {"instruction": "a", "history": ["b"], "output": "c"},

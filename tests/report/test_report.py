@@ -161,4 +161,4 @@ def test_answers_that_differ_stand_together_and_only_those_to_the_same_prompt(
     (tmp_path / "report").mkdir()
     write(workspace, tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
-    assert f"## Answers before and after\n\n{head}\n\n    1+1?\n      target: a | b\n" in text
+    assert f"## Sample answers\n\n{head}\n\n    1+1?\n      target: a | b\n" in text

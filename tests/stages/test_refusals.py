@@ -144,7 +144,7 @@ def test_a_missing_parent_is_named_with_the_command_that_makes_it(
     stage: Callable[..., None], iteration: int, remedy: str, workspace: Workspace
 ) -> None:
     shutil.rmtree(workspace.checkpoint(iteration - 1))
-    message = rf"checkpoints/{iteration - 1}: does not exist, and iteration {iteration} starts from it; make it with `"
+    message = rf"checkpoints/{iteration - 1}: does not exist, but iteration {iteration} starts from it; make it with `"
     refused(message + remedy, workspace, stage, iteration)
 
 

@@ -139,7 +139,7 @@ def rank(folder: Path) -> int:
 
 
 def _reasons(given: dict[str, Any], unknown: list[str]) -> Iterator[str]:
-    merge = "merge it into its base with peft (merge_and_unload), and name the merged model"
+    merge = "merge it into its base with peft (merge_and_unload), and use the merged model"
     if given.get("peft_type") != "LORA":
         yield f"is an adapter of the kind {given.get('peft_type')}, not LoRA; {merge}"
     for name in (*OTHER_KINDS, *unknown):

@@ -155,7 +155,7 @@ def verify(workspace: Workspace, iteration: int) -> Manifest:
     found, folder = manifest(workspace, iteration), workspace.checkpoint(iteration)
     if not folder.exists():
         raise TpawError(f"{folder}: was pruned; recreate it with `dvc repro train@{iteration}`")
-    remedy = f"move {folder} away, then restore it with `dvc checkout {folder}` or make the checkpoint again"
+    remedy = f"move {folder} away, then restore it with `dvc checkout {folder}` or recreate the checkpoint"
     _verify_files(folder, found, remedy)
     return found
 
@@ -239,4 +239,6 @@ def base_digest(source: str | Path, revision: str | None = None) -> str:
     if (folder / MANIFEST).exists():
         return verify_folder(folder, "restore it, or copy it again").digest
     paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return files.digest({path.name: files.sha256(files.need(path, "name a whole model")) for path in paths})
+    return files.digest(
+        {path.name: files.sha256(files.need(path, "use a folder that holds a whole model")) for path in paths}
+    )

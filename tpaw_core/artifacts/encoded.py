@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAKE, AGAIN = "make it with `tpaw encode`", "recreate it with `tpaw encode`"
-ROWS_AGAIN = "get it back with `dvc checkout data`, or recreate it with `tpaw data`"
+ROWS_AGAIN = "restore it with `dvc checkout data`, or recreate it with `tpaw data`"
 ROWS = b"rows"  # metadata: the digest of the rows' file
 
 
@@ -86,7 +86,7 @@ def read_encoded(workspace: Workspace, name: str, first: int | None = None) -> E
         if not all(isinstance(row_id, str) for row_id in row_ids):
             raise ValueError("prompt_id is not a text in every row")
         if not all(isinstance(place, int) for place in places) or [-1, *places] != sorted({-1, *places}):
-            raise ValueError("its rows are not in the order of their places")
+            raise ValueError("its column place is not in increasing order")
         columns = []
         for column in ("prompt_ids", "target_ids"):
             ids = table[column].combine_chunks()

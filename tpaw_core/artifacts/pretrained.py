@@ -97,7 +97,7 @@ def reasons(config: Any) -> Iterator[str]:
     if quantised := getattr(config, "quantization_config", None):
         method = (quantised if isinstance(quantised, dict) else vars(quantised)).get("quant_method", "unknown method")
         yield (
-            f"is quantised ({getattr(method, 'value', method)}), and fine-tuning changes every weight; use the "
+            f"is quantised ({getattr(method, 'value', method)}), but fine-tuning changes every weight; use the "
             "16- or 32-bit checkpoint that it was made from"
         )
     if getattr(config, "is_encoder_decoder", False):
@@ -179,7 +179,7 @@ def _remedy(source: str | Path, error: Exception) -> str:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return "It does not fit into memory: use a smaller one, or free memory."
     if isinstance(error, ImportError):
-        return "It needs a package that is not installed: install that, or name another model."
+        return "It needs a package that is not installed: install it, or use another model."
     if "trust_remote_code" in str(error):
         return "It needs custom code, which tpaw never runs: use a model type that transformers supports."
     if Path(source).is_dir():
@@ -188,5 +188,5 @@ def _remedy(source: str | Path, error: Exception) -> str:
             "them: check the file named here, or copy the folder again."
         )
     if os.environ.get("HF_HUB_OFFLINE"):
-        return "HF_HUB_OFFLINE is set: unset it, or name a local folder."
-    return "Name a folder that exists, or a hub id that this account may read (`hf auth login`)."
+        return "HF_HUB_OFFLINE is set: unset it, or use a local folder."
+    return "Use a folder that exists, or a hub id that this account may read (`hf auth login`)."

@@ -217,7 +217,9 @@ class Params(Section):
                 f"team.players: objective.name={self.objective.name} supports only one player; set team.players=1"
             )
         if "validation" in self.evaluation.tasks and self.data.validation_rows is None:
-            raise ValueError("data.validation_rows: evaluation.tasks includes validation; set its number of rows here")
+            raise ValueError(
+                "data.validation_rows: evaluation.tasks includes validation; set the number of validation rows"
+            )
         own = {"heldout", "validation"} & {
             self.evaluation.primary,
             *self.evaluation.tasks,
@@ -227,8 +229,8 @@ class Params(Section):
         for number, (key, entry) in enumerate(self.iterations.items(), start=1):
             if key != str(number) or entry.previous != number - 1:
                 raise ValueError(
-                    f"iterations.{key}: the keys are 1, 2, 3 ... in order, each with the number before it as previous; "
-                    f"write '{number}': {{previous: {number - 1}}} here"
+                    f"iterations.{key}: the keys must be 1, 2, 3, ... in order, and each entry's `previous` must be "
+                    f"one less than its key; write '{number}': {{previous: {number - 1}}} here"
                 )
         return self
 

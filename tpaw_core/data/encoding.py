@@ -64,15 +64,14 @@ def find_ending(tokenizer: Any, rows: Iterable[Row], options: Mapping[str, Any],
         raise TpawError(
             f"{tokenizer.name_or_path}: the text that its chat template writes before answers ends differently "
             f"from row to row ({', '.join(sorted(openings))}), so where an answer begins is unknown; set a different "
-            "template in "
-            "model.chat_template"
+            "template in model.chat_template"
         )
     end = ends.pop() if ends else None
     if end is None and not own:
         raise TpawError(
-            f"{tokenizer.name_or_path}: no answer could ever end: its tokenizer has no EOS token, and its chat "
-            "template ends no turn with a special token; set an EOS token, or a template in model.chat_template that "
-            "does"
+            f"{tokenizer.name_or_path}: there is no token that can end an answer: the tokenizer has no EOS token, and "
+            "the chat template ends no turn with a special token; set an EOS token, or set model.chat_template to a "
+            "template that ends each turn with a special token"
         )
     last = own[0] if end is None else end
     return Ending(last, tuple(dict.fromkeys([last, *stops])), end is not None, opening)
@@ -163,12 +162,15 @@ def _texts(
         if own.preamble.strip():  # its end could then be mistaken
             raise Unusable(f"the chat template writes {own.preamble!r} before an answer, but no special token after it")
         if (row.answer or {}).get("tool_calls"):
-            raise Unusable("its answer calls a tool, and the chat template writes no special token after the call")
+            raise Unusable("its answer calls a tool, but the chat template writes no special token after the call")
         return own.prompt, own.preamble + own.answer
     end = tokenizer.convert_ids_to_tokens(ending.end_id)
     before, found_end, _ = own.tail.partition(end)
     if not found_end:
-        raise Unusable(f"the chat template does not end its answer with {end!r}, as it does with others")
+        raise Unusable(
+            f"the chat template does not end this row's answer with {end!r}, although it ends other rows' answers "
+            "with it"
+        )
     return own.prompt, own.preamble + own.answer + before + end
 
 

@@ -119,11 +119,11 @@ def _read_json_array(path: Path) -> Iterator[Any]:
             if text[place : place + 1] == ",":
                 place = _skip(text, place + 1)
                 if text[place : place + 1] == "]":
-                    raise json.JSONDecodeError("a comma without a row behind it", text, place)
+                    raise json.JSONDecodeError("a comma with no row after it", text, place)
             elif text[place : place + 1] != "]":
                 raise json.JSONDecodeError("neither a comma nor the array's end", text, place)
         if (end := _skip(text, place + 1)) != len(text):
-            raise json.JSONDecodeError("text behind the array", text, end)
+            raise json.JSONDecodeError("text after the array", text, end)
     except json.JSONDecodeError as error:
         raise TpawError(f"{path}: line {error.lineno} is not valid JSON ({error.msg})") from None
     except (RecursionError, ValueError) as error:
@@ -164,7 +164,7 @@ def _read_csv(path: Path, suffix: str) -> Iterator[Any]:
                 raise TpawError(f"{path}: has two columns named {repeated[0]!r}; rename one")
             for fields in reader:
                 if len(fields) > len(header):
-                    what = f"line {reader.line_num} has {len(fields)} fields, the header has {len(header)}"
+                    what = f"line {reader.line_num} has {len(fields)} fields, but the header has {len(header)}"
                     raise TpawError(f"{path}: {what}; quote fields that contain the separator")
                 if fields:
                     yield {name: field for name, field in zip(header, fields, strict=False) if name}

@@ -127,7 +127,7 @@ def _pair(item: dict[Any, Any], prompt: str, target: str) -> list[Message]:
     else:
         same = given[: len(before)] == before
     if not same:
-        raise Unusable(f"its {target!r} starts with a different prompt from {prompt!r}")
+        raise Unusable(f"the prompt at the start of its {target!r} differs from its {prompt!r}")
     return given
 
 

@@ -107,8 +107,8 @@ def _refuse_inside(folder: Path, source: Path) -> None:
     if linked or given.is_relative_to(made) or (given.is_dir() and made.is_relative_to(given)):
         what = f"is inside {folder}/" if given.is_relative_to(made) else f"contains files from {folder}/"
         raise TpawError(
-            f"{source}: {what}, which `tpaw data` writes; move your rows to another folder and name them "
-            "in data.path and data.heldout_path. Nothing was changed"
+            f"{source}: {what}, which `tpaw data` writes; move your rows to another folder, and set "
+            "data.path and data.heldout_path to their new location. Nothing was changed"
         )
 
 

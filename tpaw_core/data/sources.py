@@ -66,7 +66,7 @@ def read_hub(data: Data, split: str) -> Source:
     try:
         rows = datasets.load_dataset(data.path, data.dataset_config, split=split)
     except Exception as error:  # the library raises a dozen kinds; all mean the same here
-        offline = " HF_HUB_OFFLINE is set: unset it, or name a local file." if os.environ.get("HF_HUB_OFFLINE") else ""
+        offline = " HF_HUB_OFFLINE is set: unset it, or use a local file." if os.environ.get("HF_HUB_OFFLINE") else ""
         raise TpawError(
             f"data.path {data.path!r}, split {split!r}: is not a local file or folder, and cannot be loaded from "
             f"the hub.{offline} {_first(error)}"

@@ -126,9 +126,8 @@ def _turn(tokenizer: Any, row: Row, messages: list[Message], options: Mapping[st
     shown = whole.removesuffix(tail)
     if not (prompt.endswith(before) and whole.endswith(tail) and shown.rstrip().endswith(rest.rstrip())):
         raise Unusable(
-            "the text that the chat template writes around its answer depends on the row's content; set a different "
-            "template "
-            "in model.chat_template"
+            "the text that the chat template writes around the answer depends on the row's content; set a different "
+            "template in model.chat_template"
         )
     start = len(rest) - len(_shown_end(row.completion.strip(), rest))
     same = len(before) if rest.startswith(before) else min(_common(before, rest), start)
@@ -192,7 +191,7 @@ def _refuse_hidden(row: Row, marked: Marked, asked: str, said: str) -> None:
         if end and not any(part.endswith((text, form)) for part in parts):
             raise Unusable(f"the chat template changes the text of this row's {whose}")
     if marked.ends[-2] not in said:
-        raise Unusable("the chat template leaves the last message of its prompt out once there is an answer")
+        raise Unusable("the chat template drops the last message of this row's prompt when an answer follows it")
     for kind, items, where in (
         ("tool", marked.tools, asked),
         ("tool call", _calls(marked.messages[:-1]), asked),

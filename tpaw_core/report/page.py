@@ -21,10 +21,10 @@ def write(workspace: Workspace, folder: Path) -> None:
     ]
     text += [line for name in plots for line in (f"![{name}]({name}.png)", "")]
     if shown := beside(workspace, 20):
-        text += ["## Answers before and after", "", shown[1], *(f"    {line}".rstrip() for line in shown[2:]), ""]
+        text += ["## Sample answers", "", shown[1], *(f"    {line}".rstrip() for line in shown[2:]), ""]
     (folder / "report.md").write_text("\n".join(text), encoding="utf-8")
 
 
 def summary(workspace: Workspace) -> str:
-    """The table, some answers before and after, and how long the stages of the last flow run took."""
+    """The table, sample answers from before and after self-play, and how long the stages of the last flow run took."""
     return "\n".join([table(workspace), *beside(workspace, 3), *durations(workspace)])

@@ -38,7 +38,7 @@ class Context:
         folder = self.workspace.checkpoint(iteration - 1)
         if not folder.exists():
             how = "tpaw sft" if iteration == 1 else f"tpaw train --iteration {iteration - 1}"
-            raise TpawError(f"{folder}: does not exist, and iteration {iteration} starts from it; make it with `{how}`")
+            raise TpawError(f"{folder}: does not exist, but iteration {iteration} starts from it; make it with `{how}`")
         return folder
 
     def playing(self) -> Iterable[Row]:

@@ -56,10 +56,10 @@ def start(context: Context) -> Start:
     adapters.require(folder, lora)
     name = own.base or config.base_model_name_or_path
     if not name:
-        raise TpawError(f"{folder}: this adapter does not say what its base is; name a folder or hub id in model.base")
+        raise TpawError(f"{folder}: this adapter does not say what its base is; set model.base to a folder or hub id")
     revision = None if own.base else config.revision
     if (name.startswith(("/", ".", "~")) or name.count("/") > 1) and not context.workspace.input(name).exists():
-        raise TpawError(f"{folder}: the base of this adapter is not at {name}; name its folder or hub id in model.base")
+        raise TpawError(f"{folder}: the base of this adapter is not at {name}; set model.base to its folder or hub id")
     return Start(context.source(name), revision, name, folder)
 
 
@@ -93,7 +93,7 @@ def place(context: Context, base: Base) -> tuple[str, str | None]:
         why[source] = f"{source}: is another model ({digest[:12]})"
     raise TpawError(
         f"the base of the adapters, {base.source} ({base.digest[:12]}), was not found: {'; '.join(why.values())}. "
-        "Restore it (a checkpoint: `dvc checkout`), or name the folder that it was moved to in model.base"
+        "Restore it (if it is a checkpoint, with `dvc checkout`), or set model.base to the folder it is in now"
     )
 
 
@@ -107,8 +107,8 @@ def need_servable(source: str, config: Any, dtype: Precision) -> None:
     stored = str(config.dtype).removeprefix("torch.")
     if dtype == "float32" and stored != "bfloat16":
         raise TpawError(
-            f"generation.dtype=float32: the adapters' base {source} is stored in {stored}, and vllm would not round it "
-            "to bfloat16, in which they are trained; set generation.dtype=bfloat16"
+            "generation.dtype=float32: the adapters are trained on a base rounded to bfloat16, but vllm would not "
+            f"round {source}, which is stored in {stored}; set generation.dtype=bfloat16"
         )
 
 
@@ -157,7 +157,8 @@ class Members:
         if self._context.params.lora is None and adapter is not None:
             config = adapters.read_config(adapter)
             raise TpawError(
-                f"{adapter}: is a LoRA adapter, and lora is null, which trains all weights; set lora.r={config.r} "
-                f"lora.alpha={config.lora_alpha:g}, or make the checkpoints again from `tpaw sft` on"
+                f"{adapter}: is a LoRA adapter, but lora is null, so all weights would be trained; set "
+                f"lora.r={config.r} lora.alpha={config.lora_alpha:g}, or recreate all checkpoints, "
+                "starting with `tpaw sft`"
             )
         return base, adapter

@@ -105,8 +105,9 @@ def _settings(context: Context, iteration: int) -> Optimisation:
     path = files.need(context.workspace.weights(iteration), f"make it {how}")
     scored = scored_in(path)
     if lora != (scored == "bfloat16_base"):
-        trained = "LoRA is trained on a bfloat16 base" if lora else "without lora all weights are trained"
-        raise TpawError(f"{path}: was scored in {scored}, and {trained}; make it again {how}")
+        found = scored if lora else f"{scored} (for LoRA)"
+        trained = "LoRA trains on a bfloat16 base" if lora else "lora is null, so all weights are trained"
+        raise TpawError(f"{path}: was scored in {found}, but {trained}; recreate it {how}")
     if scored == "bfloat16_base":
         return precision.on_a_base(settings)
     if scored is not None and settings.bf16 != "auto" and settings.bf16 != (scored == "bfloat16"):

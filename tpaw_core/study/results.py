@@ -134,7 +134,7 @@ def _cell(folder: Path, cell: Cell, known: pd.DataFrame) -> pd.DataFrame:
     for iteration in range(len(cell.params.iterations) + 1):
         if not workspace.metrics(iteration).exists():
             break
-        metrics = read_metrics(workspace, iteration, "delete the cell's folder, `tpaw compare` recreates it")
+        metrics = read_metrics(workspace, iteration, "delete the cell's folder, and `tpaw compare` recreates it")
         trained = metrics.training
         if iteration:
             log = read_log(workspace, iteration)

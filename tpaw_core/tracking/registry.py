@@ -105,7 +105,7 @@ class Registry:
         name = f"{folder}: version {own[0].version} of {MODEL}"
         if len(own) > 1:
             raise TpawError(f"{folder}: is registered {len(own)} times; delete all but one of its versions in MLflow")
-        again = "delete it in MLflow, then `tpaw register --again`"
+        again = "delete this version in MLflow, then run `tpaw register --again`"
         tags = own[0].tags
         if (tags.get("parent", ""), tags.get("iteration")) != (manifest.parent or "", str(iteration)):
             raise TpawError(f"{name} has tags that do not match the checkpoint's manifest; {again}")

@@ -18,11 +18,11 @@ def export(context: Context, iteration: int, folder: Path) -> None:
     Raises TpawError where ``folder`` exists, the checkpoint is whole already, or a file is missing or changed.
     """
     if folder.exists():
-        raise TpawError(f"{folder}: exists already; name a new folder")
+        raise TpawError(f"{folder}: already exists; choose a new folder")
     workspace = context.workspace
     manifest, source = checkpoint.verify(workspace, iteration), workspace.checkpoint(iteration)
     if manifest.base is None:
-        raise TpawError(f"{source}: is a whole model already, and loads as it is")
+        raise TpawError(f"{source}: is already a whole model; use it as it is")
     model = members.load_base(*members.place(context, manifest.base), device="cpu")
     adapters.use(model, source, manifest.digest)
     adapters.merge(model)

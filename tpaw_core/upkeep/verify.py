@@ -102,7 +102,7 @@ def _checkpoints(found: Findings) -> None:
         with found.of("checkpoints", folder):
             manifest = checkpoint.verify(workspace, iteration)
             recorded = manifest.iteration
-            _expect(recorded == iteration, f"{folder}: its manifest says checkpoint {recorded}")
+            _expect(recorded == iteration, f"{folder}: its manifest belongs to checkpoint {recorded}")
             parent = _digest(workspace, iteration - 1)
             _expect(
                 manifest.parent == parent or parent is None,
@@ -191,7 +191,7 @@ def _weights(found: Findings) -> None:
             opponents = [member.digest for member in team.members for _ in range(rows)]
             _expect(
                 weights.opponents == opponents,
-                f"{path}: was computed for a different team from teams/{iteration}.json; {remedy}",
+                f"{path}: was not computed for the current teams/{iteration}.json; {remedy}",
             )
             sums = weights.beta.sum(axis=1)
             _expect(bool(np.allclose(sums, 1, atol=1e-9)), f"{path}: weights of a row do not add up to 1; {remedy}")
@@ -215,7 +215,7 @@ def _records(found: Findings) -> None:
             metrics = read_metrics(workspace, iteration)
             _expect(
                 own is None or metrics.checkpoint == own,
-                f"{path}: was measured on a different checkpoint from checkpoints/{iteration}; run `dvc repro`",
+                f"{path}: was not measured on the current checkpoints/{iteration}; run `dvc repro`",
             )
 
 
@@ -257,7 +257,7 @@ def _outputs(found: Findings) -> None:
                 store = HashFileDB(out.fs, str(workspace.state))  # without DVC's memory of earlier sums
                 _, _, made = build(store, out.fs_path, out.fs, "md5", dry_run=True)
                 # What is in the folder now may be in no cache: no advice may delete it.
-                differs = f"{path}: does not match {lock}; move it away, then `dvc checkout {path}` or `dvc repro`"
+                differs = f"{path}: does not match {lock}; move it away, then run `dvc checkout {path}` or `dvc repro`"
                 if path == workspace.data:
                     differs = (
                         f"{path}: does not match data.dvc; if its rows are correct, record them with `dvc add {path}`"
@@ -269,7 +269,7 @@ def _outputs(found: Findings) -> None:
                     md5 = hashlib.file_digest(file, "md5").hexdigest()
                 _expect(
                     path.parent.name + path.name.removesuffix(".dir") == md5,
-                    f"{path}: is damaged; move it away and run `dvc commit`, or `dvc pull` it again",
+                    f"{path}: is damaged; move it away, then run `dvc commit` or `dvc pull`",
                 )
 
 

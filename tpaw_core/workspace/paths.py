@@ -92,8 +92,9 @@ class Workspace:
         """DVC refuses outputs behind a link, but only when the stage that made them has ended."""
         if linked := [name for name in OUTPUTS if (self.root / name).is_symlink()]:
             raise TpawError(
-                f"{self.root / linked[0]}: is a link, which DVC does not follow; to keep it on another disk, make it a "
-                "folder and mount a folder of that disk there (mount --bind), or put the whole workspace on that disk"
+                f"{self.root / linked[0]}: is a link, which DVC does not follow; to keep its contents on another "
+                "disk, replace the link with an empty folder and bind-mount a folder from that disk onto it "
+                "(mount --bind), or put the whole workspace on that disk"
             )
 
     def checkpoint(self, iteration: int) -> Path:
