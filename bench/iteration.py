@@ -70,7 +70,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     bf16, pad_id = arguments.dtype == "bf16", tokenizer.pad_token_id
     ending = Ending(tokenizer.eos_token_id, (tokenizer.eos_token_id,))
     settings: Any = SimpleNamespace(
-        learning_rate=3e-4, num_train_epochs=1, per_device_train_batch_size=BATCH, gradient_accumulation_steps=1,
+        learning_rate=3e-4, num_train_epochs=1, train_batch_size=BATCH, sharded=False,
         max_tokens=4096, optim="adamw_torch", weight_decay=0.0, lr_scheduler_type="linear", warmup_ratio=0.1,
         max_grad_norm=1.0, bf16=bf16, activation_checkpointing=False, logging_steps=10, save_steps=20,
     )  # fmt: skip

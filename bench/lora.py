@@ -58,7 +58,7 @@ def side(arguments: argparse.Namespace) -> dict[str, float]:
         for prompt, (chosen, *rejected) in rows:
             on_chosen, *on_rejected = (list(next(table)) for _ in range(1 + TEAM))
             played.append(Group(prompt, chosen, rejected, on_chosen, on_rejected, [[1 / TEAM] * TEAM] * TEAM))
-        steps: Any = {"learning_rate": 5e-7, "num_train_epochs": 1, "per_device_train_batch_size": 4}
+        steps: Any = {"learning_rate": 5e-7, "num_train_epochs": 1, "train_batch_size": 4}
         log = loop.self_play(
             policy,
             played,

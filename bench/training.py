@@ -32,8 +32,8 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     settings: Any = SimpleNamespace(  # the fields of Optimisation, whose packages may be missing here
         learning_rate=1e-5,
         num_train_epochs=1 + shape.steps,
-        per_device_train_batch_size=len(rows),
-        gradient_accumulation_steps=1,
+        train_batch_size=len(rows),
+        sharded=False,
         max_tokens=4096,
         optim="adamw_torch",
         weight_decay=0.0,

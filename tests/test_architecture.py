@@ -56,7 +56,7 @@ tokenizer = scratch.tokenizer(["some text"], own, 32)
 model = scratch.model(own, tokenizer, max_length=32, seed=0)
 logps = scoring.score(model, [([5, 6], [7, 8]), ([5, 6], [9])], pad_id=0)
 group = Group([5, 6], [7, 8], [[9]], [logps[0]], [[logps[1]]], [[1.0]])
-settings = Optimisation(learning_rate=1e-3, num_train_epochs=1, per_device_train_batch_size=1, warmup_ratio=0)
+settings = Optimisation(learning_rate=1e-3, num_train_epochs=1, train_batch_size=1, warmup_ratio=0)
 options = {"pad_id": 0, "seed": 0, "state": Path("state"), "on_log": lambda step, metrics: None}
 log = loop.self_play(model, [group], Objective(), settings, **options)
 assert scoring.score(model, [([5, 6], [7, 8])], pad_id=0)[0] != logps[0]

@@ -58,7 +58,7 @@ WORKSPACE = Workspace(ROOT)
         ("model.dtype=float16", "model.dtype: Input should be 'auto', 'float32' or 'bfloat16'"),
         ("training.learning_rate=0", "training.learning_rate: Input should be greater than 0"),
         ("training.learning_rate=.inf", "training.learning_rate"),
-        ("training.per_device_train_batch_size=0", "per_device_train_batch_size: Input should be greater"),
+        ("training.train_batch_size=0", "train_batch_size: Input should be greater"),
         ("evaluation.answer_pattern='#### ('", "evaluation.answer_pattern"),
         # values that do not agree with each other
         ("training.save_steps=15", "save_steps: must be a multiple of logging_steps (10)"),

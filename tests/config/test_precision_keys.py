@@ -14,7 +14,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 def params(**changes: Any) -> Params:
     """Of a small recipe, with these dotted keys changed (a dot is written as two underscores)."""
-    steps = {"learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 1}
+    steps = {"learning_rate": 1e-3, "num_train_epochs": 1, "train_batch_size": 1}
     tree: dict[str, Any] = {
         "recipe": "mine",
         "model": {"model_name_or_path": "folder"},

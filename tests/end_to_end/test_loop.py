@@ -128,7 +128,7 @@ def test_accumulated_micro_batches_have_the_same_loss_and_gradient_by_the_comman
     steps = ["training.save_steps=1", "training.logging_steps=1", "training.max_grad_norm=0"]
     logs = []
     for batch, accumulated in ((8, 1), (1, 8)):
-        sizes = [f"training.per_device_train_batch_size={batch}"]
+        sizes = [f"training.train_batch_size={batch}"]
         sizes += [f"training.gradient_accumulation_steps={accumulated}"] if accumulated > 1 else []
         with project.settings(*steps, *sizes):
             project.run("tpaw", "train", "-t", "2")

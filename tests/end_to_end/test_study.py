@@ -27,7 +27,7 @@ SETTINGS = [
     "data.max_train_rows=32",
     "data.max_heldout_rows=24",
     "sft.num_train_epochs=4",
-    "training.per_device_train_batch_size=4",
+    "training.train_batch_size=4",
 ]
 OPTIONS = ["--seeds", "1-2", "--rates", "1e-3,1e-2"]
 OPTIONS += ["--iterations", "2", "--validation-rows", "8", "--tuning-seeds", "1"]

@@ -185,7 +185,7 @@ def until(answer: list[int], stops: tuple[int, ...]) -> list[int]:
 
 
 def settings(**changes: Any) -> Optimisation:
-    sizes = {"per_device_train_batch_size": len(PAIRS), "logging_steps": 1, "save_steps": 100, "num_train_epochs": 1}
+    sizes = {"train_batch_size": len(PAIRS), "logging_steps": 1, "save_steps": 100, "num_train_epochs": 1}
     return Optimisation.model_validate({"learning_rate": 1e-4, "bf16": False, **sizes, **changes})
 
 

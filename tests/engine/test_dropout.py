@@ -37,7 +37,7 @@ def released(own: Any) -> dict[str, Any]:
 
 
 def settings(**changes: Any) -> Optimisation:
-    sizes = {"per_device_train_batch_size": 3, "num_train_epochs": 1, "logging_steps": 1, "save_steps": 100}
+    sizes = {"train_batch_size": 3, "num_train_epochs": 1, "logging_steps": 1, "save_steps": 100}
     return Optimisation.model_validate({"learning_rate": 1e-3, "bf16": False, **sizes, **changes})
 
 

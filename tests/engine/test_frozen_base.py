@@ -34,7 +34,7 @@ def groups(model: Any) -> list[Group]:
 
 
 def play(model: Any, rows: list[Group], state: Path, **changes: Any) -> list[dict[str, float]]:
-    settings: dict[str, Any] = {"learning_rate": 1e-2, "num_train_epochs": 1, "per_device_train_batch_size": 4}
+    settings: dict[str, Any] = {"learning_rate": 1e-2, "num_train_epochs": 1, "train_batch_size": 4}
     steps = Optimisation(**{**settings, "logging_steps": 1, "warmup_ratio": 0.0, **changes})
     options: dict[str, Any] = {"pad_id": 0, "seed": 1, "state": state, "on_log": lambda step, metrics: None}
     return loop.self_play(model, rows, Objective.model_validate({}), steps, **options)

@@ -24,7 +24,7 @@ def test_rows_are_padded_on_the_right() -> None:
 
 
 def test_parts_hold_at_most_the_given_tokens_and_keep_the_order() -> None:
-    parts = packing.split_by_tokens(SMALL * 2, lambda group: group, 14)
+    parts = [[(SMALL * 2)[i] for i in part] for part in packing.split([packing.tokens(g) for g in SMALL * 2], 14)]
     assert [group for part in parts for group in part] == SMALL * 2
     assert [sum(map(packing.tokens, part)) for part in parts] == [14, 13, 11]
-    assert [len(part) for part in packing.split_by_tokens(SMALL, lambda group: group, 1)] == [1, 1, 1]
+    assert [len(part) for part in packing.split([packing.tokens(g) for g in SMALL], 1)] == [1, 1, 1]

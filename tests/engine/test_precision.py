@@ -17,7 +17,7 @@ from tpaw_core.engine import precision, scoring
 from tpaw_core.engine.training import loop
 from tpaw_core.engine.training.batches import Group
 
-OPTIMISATION = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "optim": "rmsprop", "warmup_ratio": 0}
+OPTIMISATION = {"num_train_epochs": 1, "train_batch_size": 4, "optim": "rmsprop", "warmup_ratio": 0}
 
 
 def optimisation(**changes: Any) -> Optimisation:
@@ -221,7 +221,7 @@ def test_the_first_step_after_loading_continues_the_log(tmp_path: Path, learning
         return [Group(p, y, [g], [py], [[pg]], [[1.0]], None, n) for n, ((p, y), (_, g), py, pg) in numbered]
 
     def play(model: Any, state: str, epochs: int) -> list[dict[str, float]]:
-        rate, batch = {"learning_rate": learning_rate}, {"per_device_train_batch_size": 8}
+        rate, batch = {"learning_rate": learning_rate}, {"train_batch_size": 8}
         settings = optimisation(**rate, **batch, num_train_epochs=epochs, bf16=bf16, lr_scheduler_type="cosine")
         objective = Objective.model_validate({"name": "spin"})
         options: dict[str, Any] = {"pad_id": 0, "seed": 1, "state": tmp_path / state, "on_log": lambda step, m: None}

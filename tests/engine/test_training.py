@@ -27,7 +27,7 @@ Run = Callable[..., Trained]
 
 
 def settings(**changes: Any) -> Optimisation:
-    base = {"learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 4, "warmup_ratio": 0}
+    base = {"learning_rate": 1e-3, "num_train_epochs": 1, "train_batch_size": 4, "warmup_ratio": 0}
     return Optimisation(**{**base, "logging_steps": 1, "save_steps": 2, **changes})
 
 
@@ -121,7 +121,7 @@ def untimed(log: list[dict[str, float]]) -> list[dict[str, float]]:
 def test_the_first_steps_loss_and_metrics_are_the_objectives_on_scored_log_probs(
     run: Run, groups: list[Group], make_model: Callable[[int], Any], tokenizer: Any
 ) -> None:
-    _, log = run(per_device_train_batch_size=16)
+    _, log = run(train_batch_size=16)
     logps = log_probs(make_model(0), [(g, n) for g in groups for n in range(2)], pad_id=tokenizer.pad_token_id)
     expected = tpaw_loss(logps, Settings(OBJECTIVE.lambda_, eta=OBJECTIVE.eta))
     first = log[0]
@@ -168,8 +168,8 @@ def test_eight_batches_of_one_make_the_same_step_as_one_batch_of_eight(
         "num_train_epochs": 3,
         "max_grad_norm": 0,
     }
-    one, log_one = run(per_device_train_batch_size=8, **plain)
-    eight, log_eight = run(per_device_train_batch_size=1, gradient_accumulation_steps=8, **plain)
+    one, log_one = run(train_batch_size=8, **plain)
+    eight, log_eight = run(train_batch_size=8, max_tokens=1, **plain)
     assert len(log_one) == len(log_eight) == 3 * math.ceil(len(rows) / 8)
     for name in ("loss", "grad_norm"):
         assert [e[name] for e in log_eight] == pytest.approx([e[name] for e in log_one], rel=1e-4), name
@@ -191,7 +191,7 @@ def test_at_the_first_step_all_targets_weigh_eta_against_the_checkpoint_that_is_
         )
         for g in groups
     ]
-    _, log = run(rows=newest, per_device_train_batch_size=16)
+    _, log = run(rows=newest, train_batch_size=16)
     assert log[0]["weights/target_active"] == 1.0
 
 
@@ -245,7 +245,7 @@ def test_equal_inputs_give_equal_bytes(run: Run, plain_run: Trained) -> None:
 
 
 def test_a_batch_cut_into_parts_makes_the_same_step(run: Run, groups: list[Group]) -> None:
-    plain = {"policy": 2, "optim": "sgd", "learning_rate": 1e-4, "per_device_train_batch_size": 16, "max_grad_norm": 0}
+    plain = {"policy": 2, "optim": "sgd", "learning_rate": 1e-4, "train_batch_size": 16, "max_grad_norm": 0}
     size = max(packing.tokens(prompt_group(group)) for group in groups)
     (whole, log), (parts, log_parts) = run(**plain, max_tokens=100_000), run(**plain, max_tokens=2 * size)
     for name in ("loss", "grad_norm", "rewards/margins", "weights/target_active", "logps/chosen"):
@@ -290,7 +290,7 @@ def test_sft_lowers_the_loss_of_its_rows(
     log = loop.sft(
         model,
         pairs,
-        settings(per_device_train_batch_size=8, num_train_epochs=6, learning_rate=3e-3),
+        settings(train_batch_size=8, num_train_epochs=6, learning_rate=3e-3),
         pad_id=pad_id,
         seed=0,
         state=tmp_path,
@@ -321,7 +321,7 @@ def test_each_objective_trains_on_its_own_loss(
 ) -> None:
     rows = one_player(groups)
     own = Objective(**{"name": name, "lambda": 0.1})
-    _, log = run(rows=rows, objective=own, per_device_train_batch_size=16, policy=1)
+    _, log = run(rows=rows, objective=own, train_batch_size=16, policy=1)
     logps = log_probs(make_model(1), [(g, 0) for g in rows], pad_id=tokenizer.pad_token_id, initial=True)
     expected = OBJECTIVES[name](logps, Settings(0.1, history=0.1))
     assert log[0]["loss"] == pytest.approx(expected.loss.mean().item(), rel=1e-4)
@@ -339,7 +339,7 @@ def test_lambda_by_length_weighs_a_token_alike_in_targets_and_answers(
     assert length > 5
     (_, plain), (_, by_token) = run(rows=same), run(rows=same, objective=own)
     assert [entry["loss"] for entry in by_token] == pytest.approx([entry["loss"] for entry in plain], rel=1e-6)
-    _, log = run(objective=own, per_device_train_batch_size=16, policy=1)
+    _, log = run(objective=own, train_batch_size=16, policy=1)
     mean = sum(len(g.chosen_ids) for g in groups) / len(groups)
     plain_logps = log_probs(make_model(1), [(g, n) for g in groups for n in range(2)], pad_id=tokenizer.pad_token_id)
     by_chosen, by_rejected = mean / plain_logps.chosen_tokens, mean / plain_logps.rejected_tokens

@@ -22,6 +22,7 @@ from tpaw_core.config import params_file
 from tpaw_core.engine import scoring
 from tpaw_core.engine.training.dropout import without_dropout
 from tpaw_core.errors import TpawError
+from tpaw_core.launch.source import Source
 from tpaw_core.stages import members
 from tpaw_core.stages.check import check
 from tpaw_core.stages.context import Context
@@ -173,7 +174,7 @@ def test_a_trained_model_that_is_not_fine_tuned_starts_with_an_adapter_that_does
     run(made, 0)
     weights = load_file(made.workspace.checkpoint(0) / adapters.WEIGHTS)
     assert not any(value.any() for name, value in weights.items() if "lora_B" in name)
-    loaded, plain = members.Members(made, "float32").load(0), members.load_base(str(base)).float()
+    loaded, plain = members.Members(made, "float32").load(0), Source(str(base)).load_base()
     ids = torch.tensor([[3, 1, 4]])
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, plain(ids).logits)

@@ -38,7 +38,7 @@ class Runs:
 
 
 def context(folder: Path, *, registry: Any = None, **changes: Any) -> Context:
-    steps = {"learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 1}
+    steps = {"learning_rate": 1e-3, "num_train_epochs": 1, "train_batch_size": 1}
     tree: dict[str, Any] = {
         "recipe": "mine",
         "model": {"model_name_or_path": "base", "dtype": changes.get("dtype", "auto")},

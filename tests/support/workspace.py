@@ -45,7 +45,7 @@ TINY = [
     "data.max_train_rows=48",
     "data.max_heldout_rows=16",
     "sft.num_train_epochs=10",
-    "training.per_device_train_batch_size=1",
+    "training.train_batch_size=1",
     "training.save_steps=2",
     "training.logging_steps=2",
 ]

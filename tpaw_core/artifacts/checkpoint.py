@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import Field
 
 from tpaw_core.artifacts import adapters, code, pretrained
+from tpaw_core.artifacts.pretrained import Sharding
 from tpaw_core.data import endings
 from tpaw_core.errors import TpawError
 from tpaw_core.workspace import files, records
@@ -200,18 +201,35 @@ def load_settings(source: str | Path, revision: str | None = None) -> tuple[Any,
 
 
 def load_model(
-    source: str | Path, *, dtype: str = "auto", revision: str | None = None, device: str | None = None
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    device: str | None = None,
+    sharding: Sharding | None = None,
 ) -> PreTrainedModel:
     """The model in evaluation mode, by default on the accelerator if there is one.
 
     Raises TpawError where it cannot be loaded.
     """
     import torch
-    from transformers import GenerationConfig
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = pretrained.load_model(source, revision, dtype=dtype, device=device)
-    # What a model brings along (a repetition penalty, a minimal length) would sample from something other than pi.
+    return _plain(pretrained.load_model(source, revision, dtype=dtype, device=device, sharding=sharding))
+
+
+def load_empty(source: str | Path, revision: str | None = None) -> PreTrainedModel:
+    """The same without memory for its weights: `fill` gives it some."""
+    model, (_, shipped) = pretrained.load_empty(source, revision), load_settings(source, revision)
+    if shipped is not None:
+        model.generation_config = shipped
+    return _plain(model)
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """What a model brings along (a repetition penalty, a minimal length) would sample from something other than pi."""
+    from transformers import GenerationConfig
+
     setattr(model, SHIPPED, model.generation_config.to_diff_dict())
     stops = endings.configured(model.config, model.generation_config)
     model.generation_config = GenerationConfig(eos_token_id=stops or None)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tpaw_core.errors import TpawError
 
@@ -39,10 +39,48 @@ def load_config(source: str | Path, revision: str | None = None) -> Any:
     return config
 
 
-def load_model(source: str | Path, revision: str | None = None, *, dtype: str, device: str) -> PreTrainedModel:
-    """The model in evaluation mode. Raises TpawError where it cannot be loaded, or not completely."""
+class Sharding(NamedTuple):
+    """How a model's weights are divided among processes, by FSDP2."""
+
+    ranks: int
+    bfloat16: bool = False  # layers compute in bfloat16 on weights that stay float32
+    cpu_offload: bool = False
+
+
+def load_empty(source: str | Path, revision: str | None = None) -> PreTrainedModel:
+    """The model without memory for its weights. Raises as `load_config`."""
+    import torch
     from transformers import AutoModelForCausalLM
 
+    config = load_config(source, revision)
+    with _one_message(source), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return model
+
+
+def need_divisible(model: PreTrainedModel) -> None:
+    """Raises TpawError where transformers has no plan by which to divide the model's weights."""
+    if not model.fsdp_plan:
+        raise TpawError(
+            f"{type(model).__name__} cannot be divided among processes; set sft.sharded=false and "
+            "training.sharded=false, which give each process a whole copy"
+        )
+
+
+def load_model(
+    source: str | Path, revision: str | None = None, *, dtype: str, device: str, sharding: Sharding | None = None
+) -> PreTrainedModel:
+    """The model in evaluation mode; with ``sharding``, this process's share. Raises TpawError where it cannot be
+    loaded, or not completely."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    divided: dict[str, Any] = {}
+    if sharding is not None:
+        need_divisible(load_empty(source, revision))
+        divided["distributed_config"] = DistributedConfig(
+            fsdp_size=sharding.ranks, fsdp_mixed_precision=sharding.bfloat16, fsdp_cpu_offload=sharding.cpu_offload
+        )
     load_config(source, revision)
     with _one_message(source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -53,6 +91,7 @@ def load_model(source: str | Path, revision: str | None = None, *, dtype: str, d
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
+            **divided,
         )
         model, report = loaded
         mismatched = [name for name, *_ in report["mismatched_keys"]]
@@ -68,7 +107,7 @@ def load_model(source: str | Path, revision: str | None = None, *, dtype: str, d
                 )
         if hasattr(model.config, "rescale_every"):  # RWKV would divide its weights in place whenever it is evaluated
             model.config.rescale_every = 0
-        on_device: PreTrainedModel = model.to(device).eval()
+        on_device: PreTrainedModel = model.eval() if sharding else model.to(device).eval()
     return on_device
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast, get_args
 
 from tpaw_core.artifacts.parquet import ENCODED, readable, refuse_other_rows
+from tpaw_core.config.params import Regime
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-    from tpaw_core.config.params import Regime
 
 NUMBERS = ("players_chosen", "players_rejected", "beta")
 PRECISION = b"precision"  # metadata: the regime in which the judges scored, and in which the policy must be trained
@@ -67,14 +66,7 @@ def scored_in(path: Path) -> Regime | None:
     import pyarrow.parquet as pq
 
     with readable(path):
-        match (pq.read_schema(path).metadata or {}).get(PRECISION):
-            case None:
-                return None
-            case b"float32":
-                return "float32"
-            case b"bfloat16":
-                return "bfloat16"
-            case b"bfloat16_base":
-                return "bfloat16_base"
-            case other:
-                raise ValueError(f"precision {other!r} is neither float32, bfloat16 nor bfloat16_base")
+        found = (pq.read_schema(path).metadata or {}).get(PRECISION, b"").decode()
+        if found and found not in get_args(Regime):
+            raise ValueError(f"precision {found!r} is none of {', '.join(get_args(Regime))}")
+        return cast("Regime", found) if found else None

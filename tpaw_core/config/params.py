@@ -15,8 +15,9 @@ NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["float32", "bfloat16"]
-# In which policies are scored and trained: float32 weights and products; bfloat16 products; a bfloat16 base under LoRA.
-Regime = Literal["float32", "bfloat16", "bfloat16_base"]
+# In which policies are scored and trained: float32 weights and products; bfloat16 products; a bfloat16 base under LoRA;
+# bfloat16 weights, as the layers of a sharded model compute.
+Regime = Literal["float32", "bfloat16", "bfloat16_base", "bfloat16_weights"]
 
 
 # Arguments of apply_chat_template that decide what is rendered, and how.
@@ -101,14 +102,33 @@ class Data(Section):
     max_skipped: Fraction = 0.01  # share of unusable rows above which a stage stops
 
 
+# Of optimisers that do not take a tensor that is divided among processes.
+WHOLE_ONLY = ("bnb", "paged", "8bit", "adafactor")
+EARLIER = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+
+
+def one_batch_size(section: Any) -> None:
+    """Replace the keys of earlier versions by their product, the prompts of one step."""
+    if isinstance(section, dict) and "per_device_train_batch_size" in section and "train_batch_size" not in section:
+        numbers = section["per_device_train_batch_size"], section.get("gradient_accumulation_steps", 1)
+        if all(type(number) is int and number > 0 for number in numbers):
+            section["train_batch_size"] = numbers[0] * numbers[1]
+            for name in EARLIER & section.keys():
+                del section[name]
+
+
 class Optimisation(Section):
-    """What sft and training share; each field is transformers.TrainingArguments' field of the same name."""
+    """What sft and training share; a field is transformers.TrainingArguments' field of the same name, if it has one."""
 
     learning_rate: Positive
     num_train_epochs: Positive
-    per_device_train_batch_size: Count  # prompts, each with its target and (in training) all responses of the team
-    gradient_accumulation_steps: Count = 1
+    # Prompts per optimiser step on all processes together, each with its target and (in training) all responses.
+    train_batch_size: Count
     max_tokens: Count = 4096  # most tokens of one forward and backward pass; a longer batch is cut into several
+    sharded: bool = False  # FSDP2: weights, gradients and optimiser state are divided among machine.processes
+    cpu_offload: bool = (
+        False  # of a sharded model: they lie in main memory, and the accelerator has one layer at a time
+    )
     optim: str = "adamw_torch"
     weight_decay: NotNegative = 0.0
     lr_scheduler_type: str = "linear"
@@ -119,15 +139,55 @@ class Optimisation(Section):
     save_steps: Count = 100  # a multiple of logging_steps, so that a resumed log equals an uninterrupted one
     logging_steps: Count = 10
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_batch_size(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        given = dict(given)
+        one_batch_size(given)
+        if EARLIER & given.keys():
+            raise ValueError(f"set train_batch_size, which replaces {' x '.join(sorted(EARLIER, reverse=True))}")
+        return given
+
     @model_validator(mode="after")
-    def _save_after_log(self) -> Optimisation:
+    def _agree_with_itself(self) -> Optimisation:
         if self.save_steps % self.logging_steps:
             raise ValueError(f"save_steps: must be a multiple of logging_steps ({self.logging_steps})")
+        if self.cpu_offload and not self.sharded:
+            raise ValueError("cpu_offload: works on a sharded model; set sharded=true as well")
+        whole = any(word in self.optim for word in WHOLE_ONLY) and not self.optim.startswith("adamw_torch")
+        if self.sharded and whole:
+            raise ValueError(
+                f"optim: {self.optim} does not work on a sharded model; use adamw_torch, rmsprop or adamw_torch_8bit"
+            )
         return self
 
 
 class Sft(Optimisation):
     enabled: bool = True  # false: checkpoint 0 is model.model_name_or_path as it is
+
+
+class Machine(Section):
+    """Where stages run. It decides no bytes but rounding, so nothing is made again when it changes."""
+
+    processes: Count = 1  # on each node, one accelerator each
+    nodes: Count = 1
+    tensor_parallel: Count = 1  # accelerators that share one copy of the weights in vllm; the others hold more copies
+    launch: str | None = None  # words that start the processes, before those of the worker; null: torchrun, here
+    timeout: Count = 7200  # seconds that one process waits for another
+
+    @property
+    def world_size(self) -> int:
+        return self.processes * self.nodes
+
+    @model_validator(mode="after")
+    def _possible(self) -> Machine:
+        if self.processes % self.tensor_parallel:
+            raise ValueError(f"tensor_parallel: must divide processes, which is {self.processes}")
+        if self.nodes > 1 and self.launch is None:
+            raise ValueError("launch: name what starts processes on several nodes; docs/scale.md has examples")
+        return self
 
 
 class Generation(Section):
@@ -202,6 +262,7 @@ class Params(Section):
     training: Optimisation
     evaluation: Evaluation = Evaluation()
     lora: Lora | None = None  # null: all weights are trained
+    machine: Machine = Machine()
     iterations: Annotated[dict[str, Iteration], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -212,6 +273,13 @@ class Params(Section):
             raise ValueError(
                 "sft.enabled: a model from scratch is untrained; set this to true, or set model.model_name_or_path"
             )
+        sharded = [name for name in ("sft", "training") if getattr(self, name).sharded]
+        if sharded and self.machine.world_size == 1:
+            raise ValueError(f"{sharded[0]}.sharded: needs several processes; set machine.processes to 2 or more")
+        if self.machine.tensor_parallel > 1 and self.generation.backend != "vllm":
+            raise ValueError("machine.tensor_parallel: only vllm divides a model; set generation.backend=vllm")
+        if self.sft.sharded and self.model.model_name_or_path is None:
+            raise ValueError("sft.sharded: a model from scratch is small enough for each process; set this to false")
         if self.objective.name != "tpaw" and 1 not in (self.team.size, self.team.players):
             raise ValueError(
                 f"team.players: objective.name={self.objective.name} supports only one player; set team.players=1"
@@ -259,8 +327,12 @@ class Params(Section):
         return "float32" if self.model.dtype == "auto" else self.model.dtype
 
     def digest(self) -> str:
-        """Of every value; keys that came later do not count while they are null."""
-        tree = self.model_dump(by_alias=True)
+        """Of every value but where it runs; keys that came later do not count while they are null or false."""
+        tree = self.model_dump(by_alias=True, exclude={"machine"})
+        for section in (tree["sft"], tree["training"]):
+            for key in ("sharded", "cpu_offload"):
+                if not section[key]:
+                    del section[key]
         for section, key in ((tree, "lora"), (tree["model"], "base")):
             if section[key] is None:
                 del section[key]

@@ -15,7 +15,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
-from tpaw_core.config.params import Iteration, Params, Section
+from tpaw_core.config.params import Iteration, Params, Section, one_batch_size
 from tpaw_core.errors import TpawError
 from tpaw_core.workspace import files
 from tpaw_core.workspace.paths import Workspace
@@ -85,6 +85,8 @@ def resolve(
     """
     source = workspace.params_file if recipe is None else recipe_path(workspace, recipe)
     tree, overrides = read_yaml(source), list(overrides)
+    for section in ("sft", "training"):
+        one_batch_size(tree.get(section))
     for override in overrides:
         _override(tree, override)
     model = tree.get("model")

@@ -181,13 +181,13 @@ def _compiled_mask() -> Any:
     return torch.compile(create_block_mask, dynamic=True)
 
 
-_latest: dict[Any, tuple[Layout, Any]] = {}
+_latest: dict[Any, tuple[Tensor, Any]] = {}
 
 
 def _once(make: Callable[[Layout], T], layout: Layout) -> T:
-    """``make(layout)``, computed once for all layers of a pass."""
-    if make not in _latest or _latest[make][0] is not layout:
-        _latest[make] = (layout, make(layout))
+    """``make(layout)``, computed once for all layers of a pass; divided layers copy the tuple, but not its tensors."""
+    if make not in _latest or _latest[make][0] is not layout.prompt_of:
+        _latest[make] = (layout.prompt_of, make(layout))
     made: T = _latest[make][1]
     return made
 

@@ -111,14 +111,21 @@ def _by_logits(model: PreTrainedModel, pack: Pack) -> Tensor:
 def _by_hidden(model: PreTrainedModel, pack: Pack) -> Tensor:
     hidden = model.base_model(**pack.inputs, use_cache=False).last_hidden_state
     head, config = model.get_output_embeddings(), model.config.get_text_config()
+    # Gathered with the last norm where weights are divided, as transformers' own plans have it.
     return token_logps(
         hidden.flatten(0, 1).index_select(0, pack.source),
-        head.weight,
+        _whole(head.weight),
         pack.target,
-        bias=head.bias,
+        bias=None if head.bias is None else _whole(head.bias),
         scale=_scale(config),
         cap=getattr(config, "final_logit_softcapping", None),
     )
+
+
+def _whole(weight: Any) -> Tensor:
+    """Of divided weights that were not gathered: all of them."""
+    found: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return found
 
 
 def _scale(config: Any) -> float:

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from tpaw_core.engine import attention, packing
 from tpaw_core.engine.logps import response_logps
 from tpaw_core.engine.packing import Pack, PromptGroup
+from tpaw_core.engine.precision import multiplies_bfloat16
 from tpaw_core.errors import Diverged
 
 if TYPE_CHECKING:
@@ -28,8 +30,25 @@ Packer = Callable[[Sequence[PromptGroup]], Pack]
 def packer(model: PreTrainedModel, groups: Iterable[PromptGroup], pad_id: int) -> Iterator[Packer]:
     """How ``model`` takes such groups: with the prompt shared where its attention can do that, otherwise as plain rows.
 
+    While this holds, calling ``model`` with a pack gives log-probabilities, whatever is wrapped around it.
     Raises Diverged for a model whose log-probabilities are not numbers.
     """
+    with _calls_give_logps(model), _way(model, groups, pad_id) as pack:
+        yield pack
+
+
+@contextmanager
+def _calls_give_logps(model: PreTrainedModel) -> Iterator[None]:
+    """Layers that are divided among processes are gathered only on the way through the whole model."""
+    model.forward = partial(response_logps, model)
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+@contextmanager
+def _way(model: PreTrainedModel, groups: Iterable[PromptGroup], pad_id: int) -> Iterator[Packer]:
     longest = max((len(p) + max(map(len, responses), default=0) for p, responses in groups), default=0)
     expected, by_logits = _plain_logps(model, pad_id)
     if (reason := attention.reason_not_packable(model, longest)) is None:
@@ -52,7 +71,7 @@ def _plain_logps(model: PreTrainedModel, pad_id: int) -> tuple[Tensor, bool]:
     """PROBE's log-probabilities by the plain forward pass, and whether only the model's own logits give them."""
     plain = packing.pad(PROBE, pad_id).to(model.device)
     with evaluating(model):
-        expected = response_logps(model, plain._replace(by_logits=True))
+        expected = model(plain._replace(by_logits=True))
         if not expected.isfinite().all():
             raise Diverged(
                 f"{type(model).__name__}: its log-probabilities in {str(model.dtype).removeprefix('torch.')} are not "
@@ -60,7 +79,7 @@ def _plain_logps(model: PreTrainedModel, pad_id: int) -> tuple[Tensor, bool]:
             )
         try:
             reason = _unknown_cap(model)
-            if reason is None and not _near(model, response_logps(model, plain), expected):
+            if reason is None and not _near(model, model(plain), expected):
                 reason = "its hidden states and output projection do not give its logits"
         except Exception as error:  # whatever a model lacks here, its own forward pass has it
             reason = _first_line(error)
@@ -82,7 +101,7 @@ def _agrees(model: PreTrainedModel, name: str, expected: Tensor, by_logits: bool
     """Whether PROBE gets the same log-probabilities with this attention."""
     try:
         with evaluating(model), attention.packed(model, name):
-            found = response_logps(model, packing.pack(PROBE).to(model.device)._replace(by_logits=by_logits))
+            found = model(packing.pack(PROBE).to(model.device)._replace(by_logits=by_logits))
     except Exception as error:  # a model that ignores the layout, a kernel that cannot be made
         logger.info("%s: %s is not used (%s)", type(model).__name__, name, _first_line(error))
         return False
@@ -94,7 +113,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _near(model: PreTrainedModel, found: Tensor, expected: Tensor) -> bool:
-    near = 1e-4 if model.dtype == torch.float32 else 5e-2
+    near = 5e-2 if multiplies_bfloat16(model) else 1e-4
     return torch.allclose(found, expected, rtol=near, atol=near)
 
 

@@ -7,8 +7,8 @@ response predicts nothing, so it is not computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 from tpaw_core.data.tokens import Ids
 
 PromptGroup = tuple[Ids, Sequence[Ids]]  # prompt ids, the ids of its responses
-T = TypeVar("T")
 
 
 class Layout(NamedTuple):
@@ -129,15 +128,14 @@ def _within(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
-def split_by_tokens(items: Iterable[T], group: Callable[[T], PromptGroup], most: int) -> list[list[T]]:
-    """Items in the order given, in parts of at most ``most`` tokens; one that is longer is a part by itself."""
-    parts: list[list[T]] = []
+def split(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Places in ``sizes``, in their order, in parts of at most ``most``; what is larger is a part by itself."""
+    parts: list[list[int]] = []
     room = 0
-    for item in items:
-        size = tokens(group(item))
+    for place, size in enumerate(sizes):
         if not parts or size > room:
             parts.append([])
             room = most
-        parts[-1].append(item)
+        parts[-1].append(place)
         room -= size
     return parts

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from tpaw_core.config.params import Optimisation, Precision
 
 CPU_FLAGS = Path("/proc/cpuinfo")
@@ -81,6 +83,12 @@ def of_generation(dtype: Literal["auto", "float32", "bfloat16"]) -> Precision:
     best, reason = fastest()
     logger.info("generation.dtype=auto: %s, as %s", best, reason)
     return best
+
+
+def multiplies_bfloat16(model: PreTrainedModel) -> bool:
+    """Whether its layers compute in bfloat16 by themselves, not by autocast: in their weights, or copies of them."""
+    divided = getattr(model.config, "distributed_config", None)
+    return model.dtype in (torch.bfloat16, torch.float16) or bool(divided and divided.fsdp_mixed_precision)
 
 
 def checkpoint_bytes(parameters: int, dtype: str) -> int:

@@ -22,7 +22,8 @@ def generate(context: Context, iteration: int) -> None:
     parent.
     """
     from tpaw_core.engine import precision
-    from tpaw_core.engine.generation import in_process, vllm_client
+    from tpaw_core.engine.generation import vllm_client
+    from tpaw_core.launch import generation
 
     workspace, params, registry = context.workspace, context.params, context.registry
     with workspace.exclusive(f"generate@{iteration}"):
@@ -37,15 +38,15 @@ def generate(context: Context, iteration: int) -> None:
             "ending": encoding.ending,
             "seed": params.seed + iteration,
         }
+        where = params.machine, workspace.state
         if settings.backend == "vllm":
             python = vllm_client.interpreter(workspace, settings)
             source, adapter = Members(context, dtype).served(iteration - 1)
-            responses = vllm_client.generate(
-                source, prompts, settings, **options, dtype=dtype, python=python, adapter=adapter
-            )
+            options |= {"dtype": dtype, "python": python, "adapter": adapter}
+            responses = generation.generate_by_vllm(*where, source, prompts, settings, **options)
         else:
-            model = Members(context, dtype).load(iteration - 1)
-            responses = in_process.generate(model, prompts, settings, **options, pad_id=encoding.pad_id)
+            policy = Members(context, dtype).source(iteration - 1)
+            responses = generation.generate(*where, policy, prompts, settings, **options, pad_id=encoding.pad_id)
         with workspace.publish(workspace.synthetic(iteration)) as aside:
             rows, digest = context.playing(), context.encoded_digest
             write_synthetic(aside, iteration, manifest.digest, rows, encoded, responses, tokenizer, digest)

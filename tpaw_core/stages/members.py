@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tpaw_core.artifacts import adapters, checkpoint, pretrained
 from tpaw_core.artifacts.checkpoint import Base
 from tpaw_core.errors import TpawError
+from tpaw_core.launch.source import Source
 from tpaw_core.stages.context import Context
 from tpaw_core.workspace import files
 
@@ -97,11 +98,6 @@ def place(context: Context, base: Base) -> tuple[str, str | None]:
     )
 
 
-def load_base(source: str, revision: str | None = None, device: str | None = None) -> PreTrainedModel:
-    """A whole model as adapters are trained on it."""
-    return checkpoint.load_model(source, dtype="bfloat16", revision=revision, device=device)
-
-
 def need_servable(source: str, config: Any, dtype: Precision) -> None:
     """Raises TpawError for a base with this config that a server would load in other numbers than it is trained in."""
     stored = str(config.dtype).removeprefix("torch.")
@@ -113,34 +109,47 @@ def need_servable(source: str, config: Any, dtype: Precision) -> None:
 
 
 class Members:
-    """Loads checkpoints, one at a time, to compute in ``dtype``. Under adapters a base is rounded to bfloat16 first."""
+    """Checkpoints to compute in ``dtype``. Under adapters a base is rounded to bfloat16 first."""
 
     def __init__(self, context: Context, dtype: Precision) -> None:
         self._context, self._dtype = context, dtype
-        self._digest: str | None = None
-        self._model: PreTrainedModel | None = None
+        self._places: dict[str, tuple[str, str | None]] = {}  # of bases, by digest
+        self._base: PreTrainedModel | None = None
+        self._loaded: tuple[str, str | None] | None = None  # where it is from
+
+    def source(self, iteration: int) -> Source:
+        """From where any process loads the checkpoint.
+
+        Raises TpawError for an adapter where the parameters train all weights, and where its base was not found.
+        """
+        base, adapter = self._parts(iteration)
+        if self._context.params.lora is None:
+            return Source(str(self._context.workspace.checkpoint(iteration).absolute()), dtype=self._dtype)
+        if base.digest not in self._places:
+            self._places[base.digest] = place(self._context, base)
+        source, revision = self._places[base.digest]
+        name = checkpoint.manifest(self._context.workspace, iteration).digest
+        own = None if adapter is None else adapter.absolute()
+        return Source(source, revision, self._dtype, is_base=True, adapter=own, name=name)
 
     def load(self, iteration: int) -> PreTrainedModel:
         """In evaluation mode. One object for all members on one base: it computes as the member loaded last.
 
-        Raises TpawError for an adapter where the parameters train all weights.
+        Raises TpawError as `source`.
         """
-        context, folder = self._context, self._context.workspace.checkpoint(iteration)
-        base, adapter = self._parts(iteration)
-        if context.params.lora is None:
-            return checkpoint.load_model(folder, dtype=self._dtype)
-        if self._model is None or self._digest != base.digest:
-            self._model = None  # before there are two
-            self._model, self._digest = load_base(*place(context, base)), base.digest
-            if self._dtype == "float32":
-                self._model.float()
-        adapters.use(self._model, adapter, checkpoint.manifest(context.workspace, iteration).digest)
-        return self._model
+        source = self.source(iteration)
+        if not source.is_base:
+            return source.load()
+        if self._base is None or self._loaded != (source.place, source.revision):
+            self._base = None  # before there are two
+            self._base, self._loaded = source.load_base(), (source.place, source.revision)
+        adapters.use(self._base, source.adapter, source.name)
+        return self._base
 
     def served(self, iteration: int) -> tuple[str, tuple[Path, int] | None]:
         """For a server that loads by itself: the whole model, and the folder and rank of its adapter.
 
-        Raises TpawError as `load` does, and where a server would not load the base as it is trained.
+        Raises TpawError as `source`, and where a server would not load the base as it is trained.
         """
         context = self._context
         base, adapter = self._parts(iteration)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from tpaw_core.artifacts import adapters, checkpoint
+from tpaw_core.artifacts import checkpoint
 from tpaw_core.artifacts.checkpoint import Base
 from tpaw_core.artifacts.encoded import read_encoded, read_encoding
 from tpaw_core.artifacts.training_log import write_log
 from tpaw_core.config.params import Optimisation
+from tpaw_core.launch.source import FromScratch, Source
 from tpaw_core.stages import members, storage
 from tpaw_core.stages.context import Context
 from tpaw_core.workspace import files
@@ -22,14 +25,14 @@ def sft(context: Context) -> None:
 
     Reads: encoded/. Writes: checkpoints/0, training/0.jsonl. Refuses: a model that cannot be loaded.
     """
-    from tpaw_core.engine import precision, suitability
-    from tpaw_core.engine.training import loop
+    from tpaw_core.engine import precision
+    from tpaw_core.launch import training
 
     workspace, params, registry = context.workspace, context.params, context.registry
     with workspace.exclusive("sft"):
         encoded, encoding = read_encoded(workspace, "train"), read_encoding(workspace)
-        model, tokenizer, base = _base(context)
-        suitability.require(model, tokenizer, max_length=params.model.max_length, pad_id=encoding.pad_id)
+        source, base = _source(context)
+        model: Any = source.empty()
         settings: Optimisation = params.sft
         if base is not None:
             settings = precision.on_a_base(settings)
@@ -52,16 +55,22 @@ def sft(context: Context) -> None:
         elif (name := params.model.model_name_or_path) is not None:
             made_from[name] = checkpoint.identity(model, context.source(name))
         log: list[dict[str, float]] = []
-        if params.sft.enabled:
+        if not params.sft.enabled:
+            model = source.load()
+            _require(model, workspace.tokenizer, params.model.max_length, encoding.pad_id)
+        else:
             with context.recorded(0) as on_log:
-                log = loop.sft(
-                    model,
-                    list(zip(encoded.prompts, encoded.chosen, strict=True)),
+                model, log = training.train(
+                    params.machine,
+                    workspace.state,
+                    source,
+                    partial(_learn, workspace.tokenizer.absolute(), params.model.max_length),
                     settings,
+                    on_log,
+                    rows=list(zip(encoded.prompts, encoded.chosen, strict=True)),
                     pad_id=encoding.pad_id,
                     seed=params.seed,
-                    state=state,
-                    on_log=on_log,
+                    state=state.absolute(),
                     row_ids=encoded.row_ids,
                 )
             name = params.model.model_name_or_path
@@ -76,7 +85,7 @@ def sft(context: Context) -> None:
             workspace,
             0,
             model,
-            tokenizer,
+            checkpoint.load_tokenizer(workspace.tokenizer),
             origin,
             dtype=storage.dtype(context, 0, model),
             stop_ids=encoding.ending.stop_ids,
@@ -86,22 +95,31 @@ def sft(context: Context) -> None:
         shutil.rmtree(state, ignore_errors=True)
 
 
-def _base(context: Context) -> tuple[Any, Any, Base | None]:
-    """The model before fine-tuning, loaded or new, the tokenizer that encoded the rows, and the base of an adapter."""
-    from tpaw_core.engine import scratch
+def _learn(tokenizer: Path, max_length: int, model: Any, *, pad_id: int, **options: Any) -> list[dict[str, float]]:
+    """Fine-tune a model that can be used, on whichever process has it."""
+    from tpaw_core.engine.training import loop
 
+    _require(model, tokenizer, max_length, pad_id)
+    return loop.sft(model, pad_id=pad_id, **options)
+
+
+def _require(model: Any, tokenizer: Path, max_length: int, pad_id: int) -> None:
+    from tpaw_core.engine import suitability
+
+    suitability.require(model, checkpoint.load_tokenizer(tokenizer), max_length=max_length, pad_id=pad_id)
+
+
+def _source(context: Context) -> tuple[Source, Base | None]:
+    """The model before fine-tuning, and the base of an adapter."""
     own, params = context.params.model, context.params
-    tokenizer = checkpoint.load_tokenizer(context.workspace.tokenizer)
     if own.model_name_or_path is None:
         assert own.scratch is not None
-        return scratch.model(own.scratch, tokenizer, max_length=own.max_length, seed=params.seed), tokenizer, None
+        tokenizer = context.workspace.tokenizer.absolute()
+        return Source(scratch=FromScratch(own.scratch, tokenizer, own.max_length, params.seed)), None
     start = members.start(context)
-    if params.lora is not None:
-        model = members.load_base(start.source, start.revision)
-        if start.adapter is None:
-            adapters.attach(model, params.lora, params.seed)
-        else:
-            adapters.read(model, start.adapter)
-        return model, tokenizer, start.base()
-    dtype = "float32" if params.sft.enabled else own.dtype
-    return checkpoint.load_model(start.source, dtype=dtype, revision=own.revision), tokenizer, None
+    place = str(Path(start.source).absolute()) if Path(start.source).exists() else start.source
+    if params.lora is None:
+        return Source(place, start.revision, "float32" if params.sft.enabled else own.dtype), None
+    new, adapter = (params.lora, params.seed), start.adapter
+    found = Source(place, start.revision, "bfloat16", is_base=True, adapter=adapter, new=None if adapter else new)
+    return found, start.base()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from functools import partial
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tpaw_core.artifacts import adapters, checkpoint
@@ -33,6 +33,7 @@ def train(context: Context, iteration: int) -> None:
     belong together, numbers that are not finite.
     """
     from tpaw_core.engine.training import loop
+    from tpaw_core.launch import training
 
     workspace, params = context.workspace, context.params
     with workspace.exclusive(f"train@{iteration}"):
@@ -54,28 +55,33 @@ def train(context: Context, iteration: int) -> None:
         if params.lora is not None:
             deciding["lora"] = params.lora.model_dump(mode="json")
         made_from, team = [*context.rows], []
+        learn: Any = loop.sft
         if objective.name == "sft":
-            learn: Any = partial(loop.sft, rows=list(zip(encoded.prompts, encoded.chosen, strict=True)))
+            own: dict[str, Any] = {"rows": list(zip(encoded.prompts, encoded.chosen, strict=True))}
         else:
-            groups = _groups(context, iteration, encoded, objective)
-            learn = partial(loop.self_play, groups=groups, objective=objective)
+            learn = loop.self_play
+            own = {"groups": _groups(context, iteration, encoded, objective), "objective": objective}
             made_from.append(workspace.weights(iteration))
             team = [member.digest for member in read_team(workspace, iteration).members]
         sums = {workspace.name(path): files.sha256(path) for path in made_from}
         state = workspace.training_state / f"{iteration}-{files.digest([manifest.digest, team, sums, deciding])[:16]}"
         origin = checkpoint.Origin(manifest.digest, team, sums, deciding, base if params.lora else None)
-        model = Members(context, "bfloat16" if params.lora else "float32").load(iteration - 1)
+        source = Members(context, "bfloat16" if params.lora else "float32").source(iteration - 1)
         if params.lora is not None and adapter is None:
-            adapters.attach(model, params.lora, params.seed)
+            source = replace(source, new=(params.lora, params.seed))
         with context.recorded(iteration) as on_log:
-            log = learn(
-                model,
-                settings=settings,
+            model, log = training.train(
+                params.machine,
+                workspace.state,
+                source,
+                learn,
+                settings,
+                on_log,
                 pad_id=encoding.pad_id,
                 seed=params.seed + iteration,
-                state=state,
-                on_log=on_log,
+                state=state.absolute(),
                 row_ids=encoded.row_ids,
+                **own,
             )
         write_log(workspace, iteration, log)
         storage.report_kept(context, iteration, model, folder)
@@ -110,10 +116,13 @@ def _settings(context: Context, iteration: int) -> Optimisation:
         raise TpawError(f"{path}: was scored in {found}, but {trained}; recreate it {how}")
     if scored == "bfloat16_base":
         return precision.on_a_base(settings)
-    if scored is not None and settings.bf16 != "auto" and settings.bf16 != (scored == "bfloat16"):
+    if scored not in (None, "float32") and settings.sharded != (scored == "bfloat16_weights"):
+        asked = f"training.sharded={str(settings.sharded).lower()} rounds in other places"
+        raise TpawError(f"{path}: was scored in {scored}, but {asked}; recreate it {how}")
+    if scored is not None and settings.bf16 != "auto" and settings.bf16 != (scored != "float32"):
         asked = f"training.bf16={str(settings.bf16).lower()} asks for the other precision"
         raise TpawError(f"{path}: was scored in {scored}, but {asked}; recreate it {how}")
-    return precision.settled(settings, "training", scored)
+    return precision.settled(settings, "training", "bfloat16" if scored == "bfloat16_weights" else scored)
 
 
 def _groups(context: Context, iteration: int, encoded: EncodedRows, objective: Objective) -> Groups:

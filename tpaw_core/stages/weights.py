@@ -47,6 +47,8 @@ def weights(context: Context, iteration: int) -> None:
         regime: Regime = "bfloat16_base"
         if not lora:
             regime = precision.of_products(context.params.training.bf16, "training.bf16")
+            if regime == "bfloat16" and context.params.training.sharded:
+                regime = "bfloat16_weights"
         pairs, table, scored = _scores(context, team, encoded, read_encoding(workspace).pad_id, regime)
         known = _weights(context, team, encoded, pairs, table)
         with workspace.publish(workspace.weights(iteration)) as aside:
@@ -65,11 +67,14 @@ def _scores(
 
     from tpaw_core.artifacts import code, score_store
     from tpaw_core.engine import scoring
+    from tpaw_core.launch import scoring as ranked
 
     workspace, scored = context.workspace, 0
     settings = f"{regime}-{code.digests()['engine'][:12]}"
     digest = context.encoded_digest
-    members = Members(context, "bfloat16" if regime == "bfloat16_base" else "float32")
+    members = Members(context, "bfloat16" if regime in ("bfloat16_base", "bfloat16_weights") else "float32")
+    how: Any = {"pad_id": pad_id, "bf16": regime == "bfloat16"}
+    machine = context.params.machine
     stores = [score_store.ScoreStore(workspace.scores, member.digest, settings) for member in team.judges]
     # A player's earlier requests are repeated first, so that what is computed now has the same bytes as then.
     for earlier in range(team.judges[-1].iteration + 1, team.iteration + 1):
@@ -85,7 +90,10 @@ def _scores(
                 continue
 
             def score(new: list[Pair], player: int = member.iteration) -> Any:
-                return scoring.batches(members.load(player), new, pad_id=pad_id, bf16=regime == "bfloat16")
+                if machine.world_size == 1:
+                    return scoring.batches(members.load(player), new, **how)
+                sharded = context.params.training.sharded
+                return ranked.batches(machine, workspace.state, members.source(player), new, sharded=sharded, **how)
 
             values, new = store.scores(pairs, score, keys)
             columns.append(values)

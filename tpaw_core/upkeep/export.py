@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tpaw_core.artifacts import adapters, checkpoint
 from tpaw_core.errors import TpawError
+from tpaw_core.launch.source import Source
 from tpaw_core.stages import members
 from tpaw_core.stages.context import Context
 from tpaw_core.workspace import files
@@ -23,7 +24,7 @@ def export(context: Context, iteration: int, folder: Path) -> None:
     manifest, source = checkpoint.verify(workspace, iteration), workspace.checkpoint(iteration)
     if manifest.base is None:
         raise TpawError(f"{source}: is already a whole model; use it as it is")
-    model = members.load_base(*members.place(context, manifest.base), device="cpu")
+    model = Source(*members.place(context, manifest.base), "bfloat16").load_base(device="cpu")
     adapters.use(model, source, manifest.digest)
     adapters.merge(model)
     with files.publish(folder) as aside:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tpaw_core.data.endings import Ending, Response, limits
 from tpaw_core.data.tokens import Ids
+from tpaw_core.engine import ranks
 from tpaw_core.engine.generation import way
 from tpaw_core.engine.generation.choice import chooser
 from tpaw_core.progress import progress
@@ -27,15 +28,16 @@ def generate(
     pad_id: int,
     seed: int,
 ) -> list[Response]:
-    """One response per prompt, in their order; the same bytes for the same seed on a CPU.
+    """One response per prompt, in their order, on every rank; the same bytes for the same seed on a CPU.
 
-    A row's random draws depend only on the seed and its index, never on batching.
+    A row's random draws depend only on the seed and its index, never on batching, and batches not on ranks.
     Raises TpawError for a model whose cache cannot be trusted.
     """
     room = limits(prompts, max_new_tokens=settings.max_new_tokens, max_length=max_length)
     chosen = way.find(model, pad_id)
     responses: dict[int, Response] = {}
-    for batch in progress(chosen.batches(prompts, settings.batch_size), "generating", size=len):
+    own_batches = chosen.batches(prompts, settings.batch_size)[ranks.rank() :: ranks.world()]
+    for batch in progress(own_batches, "generating", size=len):
         own = [room[i] for i in batch]
         choose = chooser(settings, seed=seed, indices=batch, steps=max(own), device=model.device)
         answers = chosen.decode(
@@ -43,4 +45,6 @@ def generate(
         )
         for index, answer in zip(batch, answers, strict=True):
             responses[index] = ending.cut(answer, room[index])
+    for others in ranks.gather(responses):
+        responses |= others
     return [responses[i] for i in range(len(prompts))]

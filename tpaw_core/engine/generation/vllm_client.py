@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PYTHON = ".venv-vllm/bin/python"  # where `make vllm` puts it
 WORKER = Path(__file__).with_name("vllm_worker.py")
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vllm has room
+OF_A_RANK = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # not vllm's own
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
@@ -50,10 +51,14 @@ def generate(
     dtype: str,
     python: Path,
     adapter: tuple[Path, int] | None = None,
+    tensor_parallel: int = 1,
+    numbers: Sequence[int] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> list[Response]:
     """One response per prompt, from a process that gives the accelerator back when it ends.
 
-    ``adapter``: the folder of a LoRA adapter on ``model``, and its rank.
+    ``adapter``: the folder of a LoRA adapter on ``model``, and its rank. ``numbers``: of these prompts among all, which
+    decide their seeds. ``environment``: what else the process finds there.
 
     Raises TpawError if vllm fails.
     """
@@ -70,12 +75,15 @@ def generate(
         "top_p": settings.top_p,
         "stop_ids": list(ending.stop_ids),
         "seed": seed,
+        "seeds": [seed + number for number in (range(len(prompts)) if numbers is None else numbers)],
+        "tensor_parallel": tensor_parallel,
     }
     with tempfile.TemporaryDirectory(prefix="tpaw-vllm-") as folder:
         asked, answered = Path(folder, "request.json"), Path(folder, "responses.json")
         asked.write_text(json.dumps(request))
+        own = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
         code = subprocess.run(
-            [str(python), str(WORKER), str(asked), str(answered)], env={**os.environ, **QUIET}
+            [str(python), str(WORKER), str(asked), str(answered)], env={**own, **QUIET, **(environment or {})}
         ).returncode
         if code != 0 or not answered.exists():
             raise TpawError(f"vllm ({python}) failed with status {code}; see its output above")

@@ -30,6 +30,7 @@ def main(asked: str, answered: str) -> None:
         enforce_eager=on_cpu,
         skip_tokenizer_init=True,
         trust_remote_code=False,
+        tensor_parallel_size=request["tensor_parallel"],
         **own,
     )
     sampling = [
@@ -38,10 +39,10 @@ def main(asked: str, answered: str) -> None:
             top_p=request["top_p"],
             max_tokens=room,
             stop_token_ids=request["stop_ids"],
-            seed=request["seed"] + number,
+            seed=seed,
             detokenize=False,
         )
-        for number, room in enumerate(request["max_tokens"])
+        for seed, room in zip(request["seeds"], request["max_tokens"], strict=True)
     ]
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
     # vllm divides by a bar's time, 0 under TQDM_DISABLE

@@ -88,7 +88,7 @@ class Targets(NamedTuple):
     """One forward and backward pass of SFT."""
 
     pack: Pack
-    rows: Tensor  # [targets] their places
+    rows: Tensor  # [targets] their places; none where the pass only makes up the number
     tokens: int  # in the targets of the whole batch that this is a part of
 
 
@@ -96,6 +96,11 @@ def prompt_group(group: Group) -> PromptGroup:
     """The prompt with each distinct response once, so that equal ones are not computed twice."""
     responses = [group.chosen_ids, *group.rejected_ids, *([] if group.initial_ids is None else [group.initial_ids])]
     return group.prompt_ids, list({tuple(ids): ids for ids in responses}.values())
+
+
+def silent(group: Group) -> Group:
+    """The group without responses: its pass has no triplets and adds nothing."""
+    return group._replace(rejected_ids=[], players_rejected=[], beta=[], initial_ids=None)
 
 
 def triplets(groups: Sequence[Group], pack: Packer, of: int) -> Triplets:

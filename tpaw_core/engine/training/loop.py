@@ -8,7 +8,6 @@ import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,11 +15,11 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from tpaw_core.data.tokens import Pair
-from tpaw_core.engine.logps import response_logps
+from tpaw_core.engine import ranks
 from tpaw_core.engine.packer import Packer, packer
-from tpaw_core.engine.packing import PromptGroup, split_by_tokens
+from tpaw_core.engine.packing import PromptGroup, tokens
 from tpaw_core.engine.precision import fastest
-from tpaw_core.engine.training.batches import Group, Targets, Triplets, prompt_group, triplets
+from tpaw_core.engine.training.batches import Group, Targets, Triplets, prompt_group, silent, triplets
 from tpaw_core.engine.training.dropout import without_dropout
 from tpaw_core.engine.training.log import OnLog, TrainingLog
 from tpaw_core.engine.training.trainers import PartsTrainer, SelfPlayTrainer, SftTrainer
@@ -53,11 +52,16 @@ def sft(
     probe("sft", settings)
 
     def collate(places: list[int], pack: Packer) -> list[Targets]:
-        tokens = sum(len(rows[place][1]) for place in places)
-        parts = split_by_tokens(places, lambda place: (rows[place][0], [rows[place][1]]), settings.max_tokens)
+        found = [(rows[place][0], [rows[place][1]]) for place in places]
+        own = ranks.spread(list(map(tokens, found)), settings.max_tokens, ranks.world())[ranks.rank()]
+        predicted = sum(len(rows[place][1]) for place in places)
         return [
-            Targets(pack([(rows[place][0], [rows[place][1]]) for place in part]), torch.tensor(part), tokens)
-            for part in parts
+            Targets(
+                pack([found[i] for i in part] or found[:1]),
+                torch.tensor([places[i] for i in part], dtype=torch.int64),
+                predicted,
+            )
+            for part in own
         ]
 
     with _policy(model, ((prompt, [ids]) for prompt, ids in rows), pad_id) as pack:
@@ -96,8 +100,9 @@ def self_play(
     probe("training", settings)
 
     def collate(batch: list[Group], pack: Packer) -> list[Triplets]:
-        parts = split_by_tokens(batch, prompt_group, settings.max_tokens)
-        return [triplets(part, pack, of=len(batch)) for part in parts]
+        sizes = [tokens(prompt_group(group)) for group in batch]
+        own = ranks.spread(sizes, settings.max_tokens, ranks.world())[ranks.rank()]
+        return [triplets([batch[i] for i in part] or [silent(batch[0])], pack, of=len(batch)) for part in own]
 
     with without_dropout(model), _policy(model, map(prompt_group, groups), pad_id) as pack:
         return _run(
@@ -117,14 +122,12 @@ def self_play(
 
 @contextmanager
 def _policy(model: PreTrainedModel, groups: Iterable[PromptGroup], pad_id: int) -> Iterator[Packer]:
-    """While this holds, calling ``model`` with a pack gives log-probabilities, whatever Trainer wraps around it."""
+    """The way to pack for ``model``; afterwards it is as it was before Trainer had it."""
     cached = getattr(model.config, "use_cache", None)
     with packer(model, groups, pad_id) as pack:
-        model.forward = partial(response_logps, model)
         try:
             yield pack
         finally:
-            del model.forward
             # Accelerate's marks: it would leave a model that bears them as it is, and the next run without autocast.
             for mark in ("_is_accelerate_prepared", "_original_forward"):
                 vars(model).pop(mark, None)
@@ -134,22 +137,22 @@ def _policy(model: PreTrainedModel, groups: Iterable[PromptGroup], pad_id: int) 
 
 def _arguments(model: PreTrainedModel, settings: Optimisation, seed: int, state: Path, rows: int) -> TrainingArguments:
     need_checkpointing(model, settings)
-    batch = settings.per_device_train_batch_size
+    batch = settings.train_batch_size
+    bf16 = fastest().precision == "bfloat16" if settings.bf16 == "auto" else settings.bf16
     # new in transformers 5.18
     checkpointing: dict[str, Any] = {"activation_checkpointing": True} if settings.activation_checkpointing else {}
-    steps = math.ceil(math.ceil(rows / batch) / settings.gradient_accumulation_steps) * settings.num_train_epochs
+    steps = math.ceil(rows / batch) * settings.num_train_epochs
     arguments = TrainingArguments(
         output_dir=str(state),
         learning_rate=settings.learning_rate,
         num_train_epochs=settings.num_train_epochs,
         per_device_train_batch_size=batch,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
         optim=settings.optim,
         weight_decay=settings.weight_decay,
         lr_scheduler_type=settings.lr_scheduler_type,
         warmup_steps=math.ceil(settings.warmup_ratio * steps),
         max_grad_norm=settings.max_grad_norm,
-        bf16=fastest().precision == "bfloat16" if settings.bf16 == "auto" else settings.bf16,
+        bf16=bf16 and not settings.sharded,  # its layers round their own weights when they are gathered
         use_cpu=not torch.cuda.is_available(),
         **checkpointing,
         seed=seed,
@@ -164,6 +167,8 @@ def _arguments(model: PreTrainedModel, settings: Optimisation, seed: int, state:
         report_to=[],
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        save_only_model=settings.sharded,  # Trainer asks for that; PartsTrainer saves what it would leave out
     )
     if arguments.n_gpu > 1:  # Trainer would split a batch's rows over devices, and the triplets that index them
         arguments._n_gpu = 1

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Trainer
 
+from tpaw_core.engine import ranks
+from tpaw_core.engine.precision import multiplies_bfloat16
 from tpaw_core.engine.training.batches import Targets, Triplets
+from tpaw_core.engine.training.states import ResumableTrainer
 from tpaw_core.method.objectives.base import LogProbs, Losses, Settings
 from tpaw_core.method.objectives.base import Objective as Loss
 from tpaw_core.method.objectives.by_name import OBJECTIVES
@@ -21,15 +21,14 @@ if TYPE_CHECKING:
 
 
 NO_ROW = torch.iinfo(torch.int64).max
-STATE = "adapter.safetensors"
 # Up to which share passes of one model may differ, as they are packed differently; a coarse one would hide learning.
 ROUNDING, ROUNDING_OF_BFLOAT16 = 1e-5, 2**-7
 
 
-class PartsTrainer(Trainer):
+class PartsTrainer(ResumableTrainer):
     """Trainer whose batch is a list of parts, each small enough for one pass; their losses add up to the batch's.
 
-    Means for the log stay on the device until a log line is due.
+    On several ranks each has its own parts of a batch. Means for the log stay on the device until a log line is due.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -37,39 +36,29 @@ class PartsTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # each batch is a mean: Trainer divides by how many are accumulated
         self._means: dict[str, list[tuple[Tensor, int]]] = {}
         self._broken = torch.tensor(NO_ROW)
+        self._tokens = 0
 
-    @property
-    def _has_frozen_base(self) -> bool:
-        return bool(getattr(self.model, "peft_config", None))
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Of adapters on a frozen base, a state holds the adapter alone; Trainer would not read what it writes."""
-        if not self._has_frozen_base:
-            super()._save(output_dir, state_dict)
-            return
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach().contiguous() for name, p in self._trained()}, folder / STATE)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self._has_frozen_base:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        saved = load_file(Path(resume_from_checkpoint, STATE))
-        with torch.no_grad():
-            for name, parameter in self._trained():
-                parameter.copy_(saved[name])
-
-    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        model = cast(torch.nn.Module, self.model)
-        return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    def get_train_dataloader(self) -> Any:
+        """Every rank gets each whole batch, in the order of one process; the collator keeps the rank's own parts."""
+        loader = super().get_train_dataloader()
+        if ranks.world() > 1:
+            batches: Any = loader.batch_sampler
+            batches.num_processes, batches.process_index, batches.even_batches = 1, 0, False
+        return loader
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs  # accelerate has brought them to the device
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        self.state.num_input_tokens_seen += sum(part.pack.inputs["input_ids"].numel() for part in inputs)
-        return torch.stack([super(PartsTrainer, self).training_step(model, part) for part in inputs]).sum()
+        losses = []
+        for number, part in enumerate(inputs, start=1):
+            self._tokens += part.pack.inputs["input_ids"].numel() if len(part.rows) else 0
+            last = number == len(inputs)
+            # Gradients meet once a step; those of divided weights with each part, or every rank would keep them whole.
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, part))
+        return torch.stack(losses).sum()
 
     def count(self, rows: int, means: dict[str, Tensor]) -> None:
         for name, value in means.items():
@@ -83,13 +72,21 @@ class PartsTrainer(Trainer):
             self._broken = torch.where(broken == NO_ROW, worst, broken)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if (row := int(self._broken)) != NO_ROW:
-            logs["row"] = row
+        """Of all ranks, and on all: that the numbers are not finite ends every one."""
+        means = {}
         for name, parts in self._means.items():
             values, rows = zip(*parts, strict=True)
-            share = torch.tensor(rows, dtype=torch.float64) / sum(rows)
-            logs[name] = (torch.stack(values).double().cpu() * share).sum().item()
+            means[name] = list(zip(torch.stack(values).double().tolist(), rows, strict=True))
+        everyone = ranks.gather((int(self._broken), self._tokens, means))
         self._means.clear()
+        self._tokens = 0
+        if (row := min(row for row, _, _ in everyone)) != NO_ROW:
+            logs["row"] = row
+        for name in dict.fromkeys(name for _, _, own in everyone for name in own):
+            whole = [part for _, _, own in everyone for part in own.get(name, [])]
+            value, count = torch.tensor(whole, dtype=torch.float64).unbind(1)
+            logs[name] = (value * (count / count.sum())).sum().item()
+        self.state.num_input_tokens_seen += sum(tokens for _, tokens, _ in everyone)
         logs["tokens"] = self.state.num_input_tokens_seen  # computed, each shared prompt once
         super().log(logs, *args, **kwargs)
 
@@ -99,10 +96,11 @@ class SftTrainer(PartsTrainer):
 
     def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
         inputs = cast(Targets, inputs)
-        logps = model(inputs.pack)
+        logps = model(inputs.pack)[: len(inputs.rows)]
         self.watch(logps, inputs.rows)
-        self.count(len(logps), {"logps/chosen": logps.mean()})
-        return -logps.sum() / inputs.tokens
+        if len(logps):
+            self.count(len(logps), {"logps/chosen": logps.mean()})
+        return -logps.sum() * ranks.world() / inputs.tokens  # gradients, and what is logged, are means over ranks
 
 
 class SelfPlayTrainer(PartsTrainer):
@@ -123,7 +121,7 @@ class SelfPlayTrainer(PartsTrainer):
         chosen, rejected = logps[inputs.chosen], logps[inputs.rejected]
         # Scoring packs differently: without this, P_{t-1} = 0 at the first step would fall on either side by rounding.
         # On a bfloat16 base rounding is larger than what a step changes, so that holds before the first step alone.
-        before_bfloat16 = self.state.global_step == 0 and cast(Any, self.model).dtype == torch.bfloat16
+        before_bfloat16 = self.state.global_step == 0 and multiplies_bfloat16(cast(Any, self.model))
         near = (ROUNDING_OF_BFLOAT16 if before_bfloat16 else ROUNDING) * inputs.players_chosen.abs()
         same = (chosen.detach()[:, None] - inputs.players_chosen).abs() <= near
         players_chosen = torch.where(same, chosen.detach()[:, None], inputs.players_chosen)
@@ -136,7 +134,7 @@ class SelfPlayTrainer(PartsTrainer):
         if len(chosen):
             self.count(len(chosen), reward_means(losses, inputs.beta, chosen, rejected))
         # A constant divisor keeps one batch of eight equal to eight of one, wherever the triplets fall.
-        return losses.loss.sum() / (inputs.groups * self.triplets_per_group)
+        return losses.loss.sum() * ranks.world() / (inputs.groups * self.triplets_per_group)
 
 
 def reward_means(losses: Losses, beta: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:

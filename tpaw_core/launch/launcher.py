@@ -1,0 +1,127 @@
+"""Starting the ranks of a machine on one piece of work, watching them, and leaving none behind."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import pickle
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from tpaw_core import errors
+from tpaw_core.config.params import Machine
+from tpaw_core.errors import TpawError, Unavailable
+
+REQUEST, FAILED = "request.pickle", "failed-{rank}.json"
+POLL = 0.2  # seconds
+PATIENCE = 3  # seconds that processes have to end by themselves
+Work = Callable[[Path], None]  # what a rank does; it gets the folder in which the stage looks for results
+
+
+class Request(NamedTuple):
+    """What the ranks get; written by the stage that starts them, for this user alone."""
+
+    work: Work
+    timeout: int  # seconds that one rank waits for another
+    host: str
+    stage: int  # the process on that host without which ranks end
+
+
+@contextmanager
+def folder(home: Path) -> Iterator[Path]:
+    """A folder that all ranks see, until the block ends."""
+    made = (home / "launch" / uuid.uuid4().hex).absolute()
+    made.mkdir(parents=True, mode=0o700)
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def run(machine: Machine, place: Path, work: Work) -> Iterator[None]:
+    """Let every rank do ``work`` and yield now and then, so that the caller can take in what there is of it.
+
+    Raises what a rank raised; Unavailable where a rank was lost, as the same command may succeed later.
+    """
+    request = Request(work, machine.timeout, socket.gethostname(), os.getpid())
+    (place / REQUEST).write_bytes(pickle.dumps(request))
+    # A user's settings of accelerate would divide the model a second time.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // machine.processes)))
+    process = subprocess.Popen(
+        [*command(machine), str(place)],
+        env=environment,
+        start_new_session=True,
+        preexec_fn=_end_with_parent,
+    )
+    try:
+        while True:
+            try:
+                code = process.wait(POLL)
+                break
+            except subprocess.TimeoutExpired:
+                yield
+    finally:
+        _end(process)
+    if code != 0:
+        raise _failure(machine, place, code)
+    yield
+
+
+def command(machine: Machine) -> list[str]:
+    """The words that start the ranks; the last one, their folder, is missing."""
+    worker = ["-m", "tpaw_core.launch.worker"]
+    if machine.launch is None:
+        agent = [sys.executable, "-m", "tpaw_core.launch.agent"]
+        return [*agent, "--nproc-per-node", str(machine.processes), *worker]
+    words = machine.launch.replace("{processes}", str(machine.processes)).replace("{nodes}", str(machine.nodes))
+    return [*shlex.split(words), *worker]
+
+
+def _end_with_parent() -> None:
+    """On Linux a killed stage ends a launcher that is not ours; the agent and ranks on this host see it themselves."""
+    if sys.platform == "linux":
+        set_signal_of_parents_death = 1
+        ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGTERM)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """First the launcher, which ends its ranks; then whoever is left in its group."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            os.killpg(process.pid, sign)
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def _failure(machine: Machine, place: Path, code: int) -> Exception:
+    """What the ranks say, those first that name something to fix."""
+    found = []
+    for path in sorted(place.glob(FAILED.format(rank="*"))):
+        try:
+            found.append(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError:  # cut short
+            continue
+    for told in found:
+        kind = getattr(errors, told["kind"], None)
+        if isinstance(kind, type) and issubclass(kind, TpawError):
+            return kind(told["message"])
+    for told in found:
+        if told["kind"] != "lost":
+            return RuntimeError(f"rank {told['rank']}: {told['message']}")
+    return Unavailable(
+        f"a process of {machine.world_size} was lost (the launcher ended with status {code}); run the same command "
+        "again: it resumes from the last saved state. If it happens again, look for what ended it, such as memory"
+    )

@@ -1,0 +1,63 @@
+"""One rank: torchrun starts `python -m tpaw_core.launch.worker FOLDER`, and the stage's request is in that folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import socket
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tpaw_core import console
+from tpaw_core.engine import ranks
+from tpaw_core.errors import TpawError
+from tpaw_core.launch.launcher import FAILED, REQUEST, Request
+from tpaw_core.processes import parent
+
+PEER = ("gloo", "nccl", "connection", "socket", "timed out")  # words of an error that another rank's end causes
+
+
+def main(folder: Path) -> None:
+    """Do the work. Raises what it raises, once that is written down for the stage."""
+    request: Request = pickle.loads((folder / REQUEST).read_bytes())
+    here = request.host == socket.gethostname()
+    if not here:
+        os.environ.pop("TPAW_OWNER", None)  # a process of the stage's host
+    parent.exit_with_parent(request.stage if here else None)
+    console.quieten_libraries()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=request.timeout))
+    try:
+        if ranks.rank() == 0:
+            console.show()
+        request.work(folder)
+        ranks.barrier()
+    except Exception as error:
+        _write(folder, error)
+        raise
+    dist.destroy_process_group()
+
+
+def _write(folder: Path, error: Exception) -> None:
+    number = ranks.rank()
+    kind, message = type(error).__name__, str(error)
+    if not isinstance(error, TpawError):
+        lost = isinstance(error, dist.DistError) or any(word in message.lower() for word in PEER)
+        kind, message = ("lost" if lost else "other"), traceback.format_exc()
+    told = {"rank": number, "kind": kind, "message": message}
+    (folder / FAILED.format(rank=number)).write_text(json.dumps(told), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except Exception:
+        os._exit(1)  # without the traceback that the stage prints, and without waiting for other ranks
