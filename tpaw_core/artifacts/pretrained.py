@@ -43,6 +43,7 @@ class Sharding(NamedTuple):
     """How a model's weights are divided among processes, by FSDP2."""
 
     ranks: int
+    frozen: bool = True  # whether these weights are not trained
     bfloat16: bool = False  # layers compute in bfloat16 on weights that stay float32
     cpu_offload: bool = False
 
@@ -58,12 +59,17 @@ def load_empty(source: str | Path, revision: str | None = None) -> PreTrainedMod
     return model
 
 
-def need_divisible(model: PreTrainedModel) -> None:
-    """Raises TpawError where transformers has no plan by which to divide the model's weights."""
+def need_divisible(model: PreTrainedModel, ranks: int, *, frozen: bool) -> None:
+    """Raises TpawError where the model's weights cannot be divided, or not be trained so (``frozen``: they are not)."""
+    remedy = "set sft.sharded=false and training.sharded=false, which give each process a whole copy"
     if not model.fsdp_plan:
+        raise TpawError(f"{type(model).__name__} cannot be divided among processes by transformers; {remedy}")
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    # Shares of unequal size are padded, once for each use: the two copies of tied weights would grow apart.
+    if embedding is head and len(embedding) % ranks and not frozen:
         raise TpawError(
-            f"{type(model).__name__} cannot be divided among processes; set sft.sharded=false and "
-            "training.sharded=false, which give each process a whole copy"
+            f"{type(model).__name__}: its embedding, which is also its output projection, has {len(embedding):,} rows, "
+            f"and {ranks} processes cannot divide them equally; use another number of processes, or {remedy}"
         )
 
 
@@ -77,7 +83,7 @@ def load_model(
 
     divided: dict[str, Any] = {}
     if sharding is not None:
-        need_divisible(load_empty(source, revision))
+        need_divisible(load_empty(source, revision), sharding.ranks, frozen=sharding.frozen)
         divided["distributed_config"] = DistributedConfig(
             fsdp_size=sharding.ranks, fsdp_mixed_precision=sharding.bfloat16, fsdp_cpu_offload=sharding.cpu_offload
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tpaw_core.artifacts.pretrained import Sharding
 from tpaw_core.config.params import Machine, Optimisation
@@ -46,8 +46,8 @@ def _learn(source: Source, learn: Learn, settings: Optimisation, options: dict[s
     """On a rank."""
     sharding = None
     if settings.sharded:
-        bfloat16 = settings.bf16 is True and not source.is_base
-        sharding = Sharding(ranks.world(), bfloat16=bfloat16, cpu_offload=settings.cpu_offload)
+        frozen, bfloat16 = source.is_base, settings.bf16 is True and not source.is_base
+        sharding = Sharding(ranks.world(), frozen, bfloat16, settings.cpu_offload)
     model, steps = source.load(sharding), Journal(folder / STEPS)
 
     def on_log(step: int, metrics: dict[str, float]) -> None:
@@ -76,7 +76,7 @@ def _whole(model: PreTrainedModel) -> dict[str, Tensor]:
     for name, parameter in found.items():
         tensor: Any = parameter.detach()
         if isinstance(tensor, DTensor):  # with cpu_offload it lies in main memory, where ranks cannot exchange it
-            tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
+            tensor = cast(Any, tensor.to(tensor.device_mesh.device_type)).full_tensor()
         if ranks.rank() == 0:
             whole[name] = tensor.cpu().contiguous()
     return whole

@@ -1,0 +1,132 @@
+"""A small model, groups and settings that two processes share out unevenly, and what a rank does in tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from tpaw_core.config.params import Machine, Objective, Optimisation
+from tpaw_core.engine import attention, ranks
+from tpaw_core.engine.packer import packer
+from tpaw_core.engine.packing import PromptGroup
+from tpaw_core.engine.training import loop
+from tpaw_core.engine.training.batches import Group
+from tpaw_core.launch import training
+from tpaw_core.launch.source import Source
+
+VOCABULARY = 98
+TWO = Machine(processes=2)
+
+
+def save_model(folder: Path, *, tied: bool) -> Path:
+    set_seed(1)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+            eos_token_id=1,
+            pad_token_id=0,
+            bos_token_id=None,
+        )
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_groups() -> list[Group]:
+    """22 groups of very different lengths, two of them without a response, as drop_equal leaves them."""
+    draw = random.Random(3)
+
+    def ids(most: int) -> list[int]:
+        return [draw.randrange(2, VOCABULARY) for _ in range(draw.randint(1, most))]
+
+    made = []
+    for row in range(22):
+        rejected = [] if row in (4, 5) else [ids(20), ids(4)]
+        players = [[-40.0, -41.0], [-20.0, -21.0]][: len(rejected)]
+        made.append(Group(ids(9), ids(9), rejected, [-30.0, -29.0], players, [[0.5, 0.5]] * len(rejected), None, row))
+    return made
+
+
+def settings(**changes: Any) -> Optimisation:
+    """Seven prompts a step: the last step has one, fewer than there are ranks."""
+    base = {"learning_rate": 1e-3, "num_train_epochs": 2, "train_batch_size": 7, "max_tokens": 60, "warmup_ratio": 0}
+    return Optimisation.model_validate({**base, "logging_steps": 1, "save_steps": 2, **changes})
+
+
+def train(
+    machine: Machine, source: Source, home: Path, learn: Any = loop.self_play, state: str = "state", **changes: Any
+) -> tuple[Any, list[dict[str, float]]]:
+    groups = make_groups()
+    own: dict[str, Any] = {"groups": groups, "objective": Objective.model_validate({"lambda": 0.1})}
+    if learn is loop.sft:
+        own = {"rows": [(group.prompt_ids, group.chosen_ids) for group in groups]}
+    place = home / f"{state}-{machine.processes}"
+    options: dict[str, Any] = {"pad_id": 0, "seed": 5, "state": place, **own}
+    return training.train(machine, home, source, learn, settings(**changes), lambda step, metrics: None, **options)
+
+
+def self_play_until_killed(model: Any, *, on_log: Any, **options: Any) -> Any:
+    """Rank 1 is killed after the third step."""
+
+    def killed(step: int, metrics: dict[str, float]) -> None:
+        on_log(step, metrics)
+        if ranks.rank() == 1 and step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return loop.self_play(model, on_log=killed, **options)
+
+
+def self_play_with_a_nan(model: Any, *, groups: list[Group], **options: Any) -> Any:
+    """The row 11, wherever it falls, has a player without a number."""
+    groups[11] = groups[11]._replace(players_chosen=[float("nan"), 0.0])
+    return loop.self_play(model, groups=groups, row_ids=[f"id-{row}" for row in range(len(groups))], **options)
+
+
+def wait(folder: Path) -> None:
+    """Say who this is, and stay."""
+    (folder / f"pid-{ranks.rank()}").write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def probe(source: Source, sharding: Any, groups: list[PromptGroup], folder: Path) -> None:
+    """Log-probabilities and gradients of two steps of two parts, and how often a pass builds its index."""
+    model, built = source.load(sharding), 0
+    make = attention._index
+
+    def counted(layout: Any) -> Any:
+        nonlocal built
+        built += 1
+        return make(layout)
+
+    attention._index = counted
+    found: dict[str, Any] = {"logps": [], "gradients": []}
+    with packer(model, groups, 0) as pack:
+        built = 0
+        for _ in range(2):
+            for part in (groups[:2], groups[2:]):
+                logps = model(pack(part))
+                found["dtype"] = str(logps.dtype)
+                found["logps"].append(logps.tolist())
+                (logps * torch.linspace(-1, 2, len(logps))).sum().backward()
+            found["gradients"].append({n: _whole(p.grad).tolist() for n, p in model.named_parameters()})
+            model.zero_grad()
+    found["built"] = built
+    if ranks.rank() == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+
+
+def _whole(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
