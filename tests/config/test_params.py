@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tpaw_core.config import params_file
-from tpaw_core.config.params import Lora
+from tpaw_core.config.params import Lora, Machine
 from tpaw_core.errors import TpawError
 from tpaw_core.workspace import files
 from tpaw_core.workspace.paths import Workspace
@@ -125,13 +125,49 @@ def test_the_digest_depends_on_values_and_on_nothing_else(tmp_path: Path) -> Non
     assert params_file.resolve(WORKSPACE, DEMO, ["seed=43"])[0].digest() != params.digest()
 
 
-def test_lora_is_off_by_default_and_then_counts_in_no_digest() -> None:
+def test_what_is_off_by_default_and_where_it_runs_count_in_no_digest() -> None:
     plain = params_file.load(Path(DEMO))
     assert plain.lora is None
     tree = plain.model_dump(by_alias=True)
-    del tree["lora"], tree["model"]["base"]
+    del tree["lora"], tree["model"]["base"], tree["machine"]
+    for section in (tree["sft"], tree["training"]):
+        del section["sharded"], section["cpu_offload"]
     assert plain.digest() == files.digest(tree)
     assert plain.model_copy(update={"lora": Lora()}).digest() != plain.digest()
+    assert plain.model_copy(update={"machine": Machine(processes=8)}).digest() == plain.digest()
+    divided = plain.training.model_copy(update={"sharded": True})
+    assert plain.model_copy(update={"training": divided}).digest() != plain.digest()
+
+
+def test_the_batch_sizes_of_earlier_versions_are_their_product(tmp_path: Path) -> None:
+    old = Path(DEMO).read_text().replace("train_batch_size: 32", "per_device_train_batch_size: 4", 1)
+    path = tmp_path / "old.yaml"
+    path.write_text(old.replace("  learning_rate", "  gradient_accumulation_steps: 8\n  learning_rate", 1))
+    assert params_file.load(path) == params_file.load(Path(DEMO))
+    assert params_file.resolve(WORKSPACE, str(path))[1].count("train_batch_size: 32") == 2
+    assert params_file.resolve(WORKSPACE, str(path), ["sft.train_batch_size=8"])[0].sft.train_batch_size == 8
+    with pytest.raises(TpawError, match="set train_batch_size, which replaces per_device_train_batch_size x gradient"):
+        params_file.resolve(WORKSPACE, str(path), ["sft.per_device_train_batch_size=8"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.sharded=true"], "training.sharded: needs several processes; set machine.processes to 2 or more"),
+        (["sft.sharded=true", "machine.processes=2"], "sft.sharded: a model from scratch is small enough"),
+        (["training.cpu_offload=true"], "cpu_offload: works on a sharded model; set sharded=true as well"),
+        (["machine.nodes=2"], "launch: name what starts processes on several nodes"),
+        (["machine.processes=3", "machine.tensor_parallel=2"], "tensor_parallel: must divide processes, which is 3"),
+        (["machine.processes=2", "machine.tensor_parallel=2"], "machine.tensor_parallel: only vllm divides a model"),
+        (
+            ["machine.processes=2", "training.sharded=true", "training.optim=paged_adamw_8bit"],
+            "optim: paged_adamw_8bit does not work on a sharded model; use adamw_torch, rmsprop or adamw_torch_8bit",
+        ),
+    ],
+)
+def test_a_machine_that_cannot_run_it_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(TpawError, match=re.escape(message)):
+        params_file.resolve(WORKSPACE, "demo", overrides)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from tpaw_core.engine.packer import packer
 from tpaw_core.engine.packing import PromptGroup
 from tpaw_core.engine.training import loop
 from tpaw_core.engine.training.batches import Group
+from tpaw_core.errors import Diverged
 from tpaw_core.launch import training
 from tpaw_core.launch.source import Source
 
@@ -89,6 +90,17 @@ def self_play_until_killed(model: Any, *, on_log: Any, **options: Any) -> Any:
     return loop.self_play(model, on_log=killed, **options)
 
 
+def self_play_until_it_diverges(model: Any, *, on_log: Any, **options: Any) -> Any:
+    """After the third step."""
+
+    def ended(step: int, metrics: dict[str, float]) -> None:
+        on_log(step, metrics)
+        if step == 3:
+            raise Diverged("ended here")
+
+    return loop.self_play(model, on_log=ended, **options)
+
+
 def self_play_with_a_nan(model: Any, *, groups: list[Group], **options: Any) -> Any:
     """The row 11, wherever it falls, has a player without a number."""
     groups[11] = groups[11]._replace(players_chosen=[float("nan"), 0.0])
@@ -101,9 +113,16 @@ def wait(folder: Path) -> None:
     time.sleep(60)
 
 
-def probe(source: Source, sharding: Any, groups: list[PromptGroup], folder: Path) -> None:
-    """Log-probabilities and gradients of two steps of two parts, and how often a pass builds its index."""
-    model, built = source.load(sharding), 0
+def probe(sources: dict[str, tuple[Source, Any]], groups: list[PromptGroup], folder: Path) -> None:
+    """What `logps_and_gradients` finds for each model, from rank 0."""
+    found = {name: logps_and_gradients(source.load(sharding), groups) for name, (source, sharding) in sources.items()}
+    if ranks.rank() == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+
+
+def logps_and_gradients(model: Any, groups: list[PromptGroup]) -> dict[str, Any]:
+    """Of two steps of two parts each; and how many of their passes built an index."""
+    built = 0
     make = attention._index
 
     def counted(layout: Any) -> Any:
@@ -111,7 +130,7 @@ def probe(source: Source, sharding: Any, groups: list[PromptGroup], folder: Path
         built += 1
         return make(layout)
 
-    attention._index = counted
+    attention._index = counted  # type: ignore[assignment]
     found: dict[str, Any] = {"logps": [], "gradients": []}
     with packer(model, groups, 0) as pack:
         built = 0
@@ -123,9 +142,8 @@ def probe(source: Source, sharding: Any, groups: list[PromptGroup], folder: Path
                 (logps * torch.linspace(-1, 2, len(logps))).sum().backward()
             found["gradients"].append({n: _whole(p.grad).tolist() for n, p in model.named_parameters()})
             model.zero_grad()
-    found["built"] = built
-    if ranks.rank() == 0:
-        (folder / "found.json").write_text(json.dumps(found))
+    attention._index = make
+    return {**found, "built": built}
 
 
 def _whole(tensor: Any) -> torch.Tensor:

@@ -37,8 +37,8 @@ class Source:
     new: tuple[Lora, int] | None = None  # settings and seed of a new adapter
     scratch: FromScratch | None = None
 
-    def load(self, sharding: Sharding | None = None) -> PreTrainedModel:
-        """In evaluation mode, on this process's accelerator if there is one; with ``sharding`` its share.
+    def load(self, sharding: Sharding | None = None, device: str | None = None) -> PreTrainedModel:
+        """In evaluation mode, by default on this process's accelerator if there is one; with ``sharding`` its share.
 
         Raises TpawError where it cannot be loaded.
         """
@@ -49,8 +49,9 @@ class Source:
             tokenizer = checkpoint.load_tokenizer(own.tokenizer)
             return scratch.model(own.settings, tokenizer, max_length=own.max_length, seed=own.seed)
         if not self.is_base:
-            return checkpoint.load_model(self.place, dtype=self.dtype, revision=self.revision, sharding=sharding)
-        model = self.load_base(sharding)
+            where: Any = {"sharding": sharding, "device": device}
+            return checkpoint.load_model(self.place, dtype=self.dtype, revision=self.revision, **where)
+        model = self.load_base(sharding, device)
         self._put_adapter_on(model)
         return model
 

@@ -39,7 +39,7 @@ def train(
         for _ in launcher.run(machine, folder, partial(_learn, source, learn, settings, options)):
             for step, metrics in steps.new():
                 on_log(step, metrics)
-        return _filled(source.empty(), folder / WEIGHTS), Journal(folder / LOG).new()
+        return _filled(source, folder / WEIGHTS), Journal(folder / LOG).new()
 
 
 def _learn(source: Source, learn: Learn, settings: Optimisation, options: dict[str, Any], folder: Path) -> None:
@@ -82,10 +82,12 @@ def _whole(model: PreTrainedModel) -> dict[str, Tensor]:
     return whole
 
 
-def _filled(model: PreTrainedModel, path: Path) -> PreTrainedModel:
-    """``model`` with the weights in a file; under an adapter the base stays without any."""
+def _filled(source: Source, path: Path) -> PreTrainedModel:
+    """The model with the weights in a file; under an adapter the base has none."""
     from safetensors.torch import load_file
 
+    # A whole one is loaded: transformers writes under the names, and in the order, that it has found.
+    model = source.empty() if source.is_base else source.load(device="cpu")
     model.load_state_dict(load_file(path), strict=False, assign=True)
     model.tie_weights()
     return model
