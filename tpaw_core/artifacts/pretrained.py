@@ -55,7 +55,7 @@ def load_empty(source: str | Path, revision: str | None = None) -> PreTrainedMod
 
     config = load_config(source, revision)
     with _one_message(source), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     return model
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpaw_core.artifacts import adapters, checkpoint
+from tpaw_core.artifacts import adapters, checkpoint, pretrained
 from tpaw_core.data.rows import Row, read_rows
 from tpaw_core.errors import TpawError
 from tpaw_core.stages import data, encode, members, storage
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 PROBED = 2e9  # bytes of weights; a larger model is probed when `sft` has loaded it, and a line says so
 COPIES = 2  # of a checkpoint on disk: in the workspace and in DVC's cache
-# Bytes per parameter that an optimiser keeps beside float32 weights and gradients.
-STATES = {"adamw": 8, "adam": 8, "rmsprop": 4, "adagrad": 4, "sgd": 0, "lion": 4, "adafactor": 1}
 logger = logging.getLogger(__name__)
 
 
@@ -117,9 +115,6 @@ def _trained(context: Context) -> dict[str, Optimisation]:
 
 def _model(context: Context, tokenizer: Any, problems: Problems) -> None:
     """Its structure without weights; its behaviour where it is small enough to load in seconds."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from tpaw_core.engine import precision, scratch, suitability
     from tpaw_core.engine.training import loop
 
@@ -135,8 +130,11 @@ def _model(context: Context, tokenizer: Any, problems: Problems) -> None:
             if params.lora is not None and params.generation.backend == "vllm":
                 with problems.found():
                     members.need_servable(source, config, precision.of_generation(params.generation.dtype))
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
+            model = pretrained.load_empty(source, revision)
+            for settings in _trained(context).values():
+                if settings.sharded:
+                    with problems.found():
+                        pretrained.need_divisible(model, params.machine.world_size, frozen=params.lora is not None)
             known = list(suitability.of_structure(model, tokenizer, own.max_length))
             problems += [f"model {own.model_name_or_path!r}: {reason}" for reason in known]
             if not known and 4 * model.num_parameters() <= PROBED:
@@ -152,35 +150,51 @@ def _model(context: Context, tokenizer: Any, problems: Problems) -> None:
 
 
 def _resources(context: Context, model: Any, adapter: Path | None, problems: Problems) -> None:
-    """What a run needs for certain, and what the machine has."""
+    """What a run needs, and what the machine has."""
+    _memory(context, model, adapter, problems)
+    _disk(context, model, adapter, problems)
+
+
+def _memory(context: Context, model: Any, adapter: Path | None, problems: Problems) -> None:
+    """What each process holds while it trains."""
     import psutil
     import torch
 
-    params, parameters = context.params, model.num_parameters()
-    own = parameters if params.lora is None else adapters.parameters(model, params.lora, adapter)
+    from tpaw_core.engine import memory
 
-    def needs(section: str, optimiser: str) -> int:
-        states = next((size for known, size in STATES.items() if optimiser.startswith(known)), 8)
-        whole = params.lora is None or (section == "sft" and params.model.model_name_or_path is None)
-        return (4 + 4 + states) * parameters if whole else 2 * parameters + (4 + 4 + states) * own
+    params, machine = context.params, context.params.machine
+    logger.info("%s parameters", f"{model.num_parameters():,}")
+    cuda = torch.cuda.is_available()
+    has = torch.cuda.mem_get_info()[1] if cuda else psutil.virtual_memory().total // machine.processes
+    where = "its accelerator" if cuda else "it"
+    for section, settings in _trained(context).items():
+        lora = params.lora if section == "training" or params.model.model_name_or_path is not None else None
+        own = None if lora is None else adapters.parameters(model, lora, adapter)
+        plan = memory.plan(model, own, settings, ranks=machine.world_size, bf16=bool(settings.bf16))
+        parts = ", ".join(f"{name} {readable(size)}" for name, size in plan._asdict().items() if size)
+        logger.info("memory of each process in %s: about %s (%s); %s has %s", section, readable(plan.total), parts,
+                    where, readable(has))  # fmt: skip
+        if plan.certain > has:
+            problems.append(
+                f"memory: {section} needs {readable(plan.certain)} plus activations in each process, but {where} has "
+                f"only {readable(has)}; set lora.r=16, or {section}.optim=rmsprop, or divide the model with "
+                f"{section}.sharded=true and more machine.processes"
+            )
+        elif plan.total > has:
+            logger.warning(
+                "memory: %s may not fit; set %s.activation_checkpointing=true, or lower %s.max_tokens (%d)",
+                section, section, section, settings.max_tokens,
+            )  # fmt: skip
 
-    optimisers = {section: settings.optim.lower() for section, settings in _trained(context).items()}
-    memory, optimiser = max((needs(section, name), name) for section, name in optimisers.items())
+
+def _disk(context: Context, model: Any, adapter: Path | None, problems: Problems) -> None:
+    """What all checkpoints take."""
+    params = context.params
     first, each = storage.sizes(context, model, adapter)
     disk = COPIES * (first + len(params.iterations) * each)
-    cuda = torch.cuda.is_available()
-    has = torch.cuda.mem_get_info()[1] if cuda else psutil.virtual_memory().total
     root = context.workspace.root
     places = [path for path in (root / "checkpoints", root) if path.exists()]
     disks = {path.stat().st_dev: path.resolve() for path in places}  # of the copies, DVC's is on the root's
-    where = "the accelerator" if cuda else "this machine"
-    logger.info("%s parameters", f"{parameters:,}")
-    logger.info("memory: %s plus activations needed; %s has %s", readable(memory), where, readable(has))
-    if memory > has:
-        problems.append(
-            f"memory: weights, gradients and optimizer state ({optimiser}) need {readable(memory)}, but {where} has "
-            f"only {readable(has)}; use a smaller model, or set optim to rmsprop or adafactor, or lora.r=16"
-        )
     for folder in disks.values():
         share, free = disk // len(disks), shutil.disk_usage(folder).free
         logger.info("disk: %s for all iterations; %s is free in %s", readable(share), readable(free), folder)
