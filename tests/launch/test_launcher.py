@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -102,3 +103,39 @@ def test_a_journal_gives_each_complete_entry_once(tmp_path: Path) -> None:
         file.write("4]\n")
     assert reader.new() == [[3, 4]]
     assert reader.new() == []
+
+
+def test_what_a_killed_stage_left_elsewhere_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "BEAT", 0.05)
+    monkeypatch.setattr(launcher, "GONE", 0.5)
+    left = tmp_path / "launch" / "left"
+    left.mkdir(parents=True)
+    (left / launcher.ALIVE).touch()
+    start = time.monotonic()
+    with launcher.folder(tmp_path) as folder:
+        assert [path.name for path in (tmp_path / "launch").iterdir()] == [folder.name]
+    assert time.monotonic() - start >= 0.4
+    with launcher.folder(tmp_path):
+        assert time.monotonic() - start < 5
+
+
+@pytest.mark.slow
+def test_ranks_of_a_launcher_of_ones_own_end_when_nobody_asks_for_them(tmp_path: Path) -> None:
+    """The words may start processes that do not end with the stage's, as on a cluster."""
+    words = f"setsid --wait {sys.executable} -m tpaw_core.launch.agent --nproc-per-node={{processes}}"
+    seen: list[int] = []
+    with launcher.folder(tmp_path) as folder:
+        for _ in launcher.run(Machine(processes=2, launch=words), folder, ranks.wait):
+            files = [folder / f"pid-{rank}" for rank in range(2)]
+            if all(path.exists() and path.read_text() for path in files):
+                seen = [int(path.read_text()) for path in files]
+                assert (folder / launcher.ALIVE).exists()
+                break
+    assert len(seen) == 2
+    assert_all_gone(seen)
+
+
+def test_a_launcher_that_does_not_wait_for_its_processes_is_refused(tmp_path: Path) -> None:
+    own = Machine(processes=2, launch="true")
+    with launcher.folder(tmp_path) as folder, pytest.raises(TpawError, match="machine.launch: .* must wait for them"):
+        list(launcher.run(own, folder, ranks.wait))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import pickle
 import shlex
@@ -12,6 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,10 +25,15 @@ from tpaw_core import errors
 from tpaw_core.config.params import Machine
 from tpaw_core.errors import TpawError, Unavailable
 
-REQUEST, FAILED = "request.pickle", "failed-{rank}.json"
+logger = logging.getLogger(__name__)
+REQUEST, DONE, FAILED = "request.pickle", "done-{rank}", "failed-{rank}.json"
 POLL = 0.2  # seconds
 PATIENCE = 3  # seconds that processes have to end by themselves
 Work = Callable[[Path], None]  # what a rank does; it gets the folder in which the stage looks for results
+
+
+ALIVE = "alive"  # touched by a stage whose ranks may be on other hosts
+BEAT, GONE = 5, 150  # seconds between touches; seconds without one, longer than NFS keeps a file's times
 
 
 class Request(NamedTuple):
@@ -39,7 +47,12 @@ class Request(NamedTuple):
 
 @contextmanager
 def folder(home: Path) -> Iterator[Path]:
-    """A folder that all ranks see, until the block ends."""
+    """A folder that all ranks see, until the block ends. Waits for ranks elsewhere that a killed stage has left."""
+    for left in (home / "launch").glob("*"):
+        while (left / ALIVE).exists() and time.time() - (left / ALIVE).stat().st_mtime < GONE:
+            logger.info("waiting until the processes of a stage that was killed have ended")
+            time.sleep(BEAT)
+        shutil.rmtree(left, ignore_errors=True)
     made = (home / "launch" / uuid.uuid4().hex).absolute()
     made.mkdir(parents=True, mode=0o700)
     try:
@@ -55,6 +68,9 @@ def run(machine: Machine, place: Path, work: Work) -> Iterator[None]:
     """
     request = Request(work, machine.timeout, socket.gethostname(), os.getpid())
     (place / REQUEST).write_bytes(pickle.dumps(request))
+    ended = threading.Event()
+    if machine.launch is not None:
+        threading.Thread(target=_beat, args=(place / ALIVE, ended), daemon=True).start()
     # A user's settings of accelerate would divide the model a second time.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // machine.processes)))
@@ -72,9 +88,12 @@ def run(machine: Machine, place: Path, work: Work) -> Iterator[None]:
             except subprocess.TimeoutExpired:
                 yield
     finally:
+        ended.set()
         _end(process)
     if code != 0:
         raise _failure(machine, place, code)
+    if len(list(place.glob(DONE.format(rank="*")))) < machine.world_size:
+        raise TpawError("machine.launch: its command ended before the processes that it starts; it must wait for them")
     yield
 
 
@@ -86,6 +105,12 @@ def command(machine: Machine) -> list[str]:
         return [*agent, "--nproc-per-node", str(machine.processes), *worker]
     words = machine.launch.replace("{processes}", str(machine.processes)).replace("{nodes}", str(machine.nodes))
     return [*shlex.split(words), *worker]
+
+
+def _beat(alive: Path, ended: threading.Event) -> None:
+    while not ended.is_set():
+        alive.touch()
+        ended.wait(BEAT)
 
 
 def _end_with_parent() -> None:

@@ -7,7 +7,10 @@ import os
 import pickle
 import socket
 import sys
+import threading
+import time
 import traceback
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,7 +20,7 @@ import torch.distributed as dist
 from tpaw_core import console
 from tpaw_core.engine import ranks
 from tpaw_core.errors import TpawError
-from tpaw_core.launch.launcher import FAILED, REQUEST, Request
+from tpaw_core.launch.launcher import ALIVE, BEAT, DONE, FAILED, GONE, REQUEST, Request
 from tpaw_core.processes import parent
 
 PEER = ("gloo", "nccl", "connection", "socket", "timed out")  # words of an error that another rank's end causes
@@ -25,12 +28,14 @@ PEER = ("gloo", "nccl", "connection", "socket", "timed out")  # words of an erro
 
 def main(folder: Path) -> None:
     """Do the work. Raises what it raises, once that is written down for the stage."""
+    console.quieten_libraries()  # before the request names any
     request: Request = pickle.loads((folder / REQUEST).read_bytes())
     here = request.host == socket.gethostname()
     if not here:
         os.environ.pop("TPAW_OWNER", None)  # a process of the stage's host
     parent.exit_with_parent(request.stage if here else None)
-    console.quieten_libraries()
+    if (folder / ALIVE).exists():
+        threading.Thread(target=_exit_with_stage, args=(folder / ALIVE,), daemon=True).start()
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -39,11 +44,23 @@ def main(folder: Path) -> None:
         if ranks.rank() == 0:
             console.show()
         request.work(folder)
+        (folder / DONE.format(rank=ranks.rank())).touch()
         ranks.barrier()
     except Exception as error:
         _write(folder, error)
         raise
     dist.destroy_process_group()
+
+
+def _exit_with_stage(alive: Path) -> None:
+    """On any host: end when the stage has not touched its file for too long."""
+    seen, since = 0.0, time.monotonic()
+    while time.monotonic() - since < GONE:
+        time.sleep(BEAT)
+        with suppress(OSError):
+            if (touched := alive.stat().st_mtime) != seen:
+                seen, since = touched, time.monotonic()
+    os._exit(1)
 
 
 def _write(folder: Path, error: Exception) -> None:

@@ -131,10 +131,6 @@ def _model(context: Context, tokenizer: Any, problems: Problems) -> None:
                 with problems.found():
                     members.need_servable(source, config, precision.of_generation(params.generation.dtype))
             model = pretrained.load_empty(source, revision)
-            for settings in _trained(context).values():
-                if settings.sharded:
-                    with problems.found():
-                        pretrained.need_divisible(model, params.machine.world_size, frozen=params.lora is not None)
             known = list(suitability.of_structure(model, tokenizer, own.max_length))
             problems += [f"model {own.model_name_or_path!r}: {reason}" for reason in known]
             if not known and 4 * model.num_parameters() <= PROBED:
@@ -146,6 +142,8 @@ def _model(context: Context, tokenizer: Any, problems: Problems) -> None:
         for settings in _trained(context).values():
             with problems.found():
                 loop.need_checkpointing(model, settings)
+                if settings.sharded:
+                    pretrained.need_divisible(model, params.machine.world_size, frozen=params.lora is not None)
         _resources(context, model, adapter, problems)
 
 
