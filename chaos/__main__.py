@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 
 from chaos.campaign import Campaign, Outcome
-from chaos.faults import KINDS
+from chaos.faults import KINDS, OF_RANKS
 from tests.support.workspace import ROOT, Project
 
 
@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--jobs", type=int, default=2, help="workspaces in parallel")
+    parser.add_argument("--processes", type=int, default=1, help="on which stages run; 2 adds kinds that strike them")
     parser.add_argument("--kind", action="append", choices=list(KINDS), help="only this kind; repeatable")
     parser.add_argument("--without-digests", action="store_true", help="skip the digest checks: must fail")
     parser.add_argument("--csv", type=Path, help="write every outcome to this file")
@@ -37,16 +38,19 @@ def main() -> int:
         paths = [str(ROOT / "chaos" / "without_digests"), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     draw = random.Random(arguments.seed)
+    names = arguments.kind or [kind for kind in KINDS if arguments.processes > 1 or kind not in OF_RANKS]
     kinds: list[str] = []
     while len(kinds) < arguments.faults:
-        kinds += draw.sample(names := arguments.kind or list(KINDS), len(names))
+        kinds += draw.sample(names, len(names))
     # Prefect and MLflow start late, because even when idle they slow down everything else.
     kinds = sorted(kinds[: arguments.faults], key=lambda kind: KINDS[kind].services)
     print(f"seed {arguments.seed}: {len(kinds)} faults of {len(set(kinds))} kinds", flush=True)
     jobs = range(min(arguments.jobs, len(kinds)))
     with tempfile.TemporaryDirectory(prefix="tpaw-chaos-") as folder, ThreadPoolExecutor(len(jobs)) as pool:
         shares = [
-            pool.submit(run, Path(folder) / str(job), kinds[job :: len(jobs)], arguments.seed + 1000 * job)
+            pool.submit(
+                run, Path(folder) / str(job), kinds[job :: len(jobs)], arguments.seed + 1000 * job, arguments.processes
+            )
             for job in jobs
         ]
         table = pd.DataFrame([outcome for share in shares for outcome in share.result()], columns=Outcome._fields)
@@ -63,10 +67,10 @@ def main() -> int:
     return int(sums.any())
 
 
-def run(folder: Path, kinds: list[str], seed: int) -> list[Outcome]:
+def run(folder: Path, kinds: list[str], seed: int, processes: int) -> list[Outcome]:
     """Run one workspace, on its own file system, through its share of the faults."""
     with _disk(folder):
-        made = Project.make(folder / "workspace")
+        made = Project.make(folder / "workspace", f"machine.processes={processes}")
         try:
             made.preload()
             made.run("dvc", "repro")

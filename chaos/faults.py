@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ import psutil
 from chaos import processes
 from tests.support.workspace import Project
 
+STARTING = 6  # seconds that ranks take to start, and about as long as they work
 Strike = Callable[[Project], bool]  # whether there was something to strike
 Hold = Callable[[Path], AbstractContextManager[None]]  # the workspace's folder, or one inside it
 Damage = Callable[[Path, random.Random], None]
@@ -50,6 +52,23 @@ def stage(number: int) -> Strike:
 def parent(number: int) -> Strike:
     """A signal to the dvc process that started the stage."""
     return lambda made: _send(number, processes.jobs(made.server)[:1])
+
+
+def of_a_machine(module: str) -> Strike:
+    """`kill -9` of a process that a stage on several has started, at some time of its life."""
+
+    def strike(made: Project) -> bool:
+        for _ in range(STARTING * 10):
+            found = sorted((p for p in processes.of(made.folder) if module in processes.words(p)), key=lambda p: p.pid)
+            if found:
+                time.sleep(random.Random(found[0].pid).uniform(0, STARTING))
+                return _send(signal.SIGKILL, found[-1:])
+            if not processes.jobs(made.server):
+                break
+            time.sleep(0.1)
+        return False
+
+    return strike
 
 
 def server(made: Project) -> bool:
@@ -159,6 +178,11 @@ def _writable(path: Path) -> Iterator[None]:
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
 CHECKPOINTS, DATA_SETS, SCORES = "checkpoints/*/model.safetensors", "synthetic/*.parquet", ".tpaw/scores/*/*/*/*.npy"
 ENCODED = "encoded/train.parquet"
+# Where stages run on several processes.
+OF_RANKS = {
+    "kill -9, a rank": Kind("repro", of_a_machine("tpaw_core.launch.worker")),
+    "kill -9, the agent of the ranks": Kind("repro", of_a_machine("tpaw_core.launch.agent")),
+}
 KINDS = {
     "kill -9, the stage": Kind("repro", stage(KILL)),
     "SIGTERM, the stage": Kind("repro", stage(TERM)),
@@ -188,4 +212,5 @@ KINDS = {
     "flipped bit, rows": Kind("flow", damage=flip, pattern="data/*.jsonl"),
     "truncated, dvc.lock": Kind("flow", damage=truncate, pattern="dvc.lock"),
     "flipped bit, dvc.lock": Kind("flow", damage=flip, pattern="dvc.lock"),
+    **OF_RANKS,
 }

@@ -20,6 +20,13 @@ def of(folder: Path) -> set[psutil.Process]:
     return found
 
 
+def words(process: psutil.Process) -> list[str]:
+    """Its command; none where it has just ended."""
+    with contextlib.suppress(psutil.Error):
+        return list(process.cmdline())
+    return []
+
+
 def jobs(server: psutil.Process) -> list[psutil.Process]:
     """The commands that were forked from the preloaded process, oldest first: dvc, then the stage that it runs."""
     with contextlib.suppress(psutil.NoSuchProcess):
