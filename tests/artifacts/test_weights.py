@@ -126,5 +126,5 @@ def test_a_file_from_before_precision_was_recorded_says_nothing(tmp_path: Path) 
 def test_an_unknown_precision_is_damage(tmp_path: Path) -> None:
     path = tmp_path / "1.parquet"
     pq.write_table(pa.table({"prompt_id": ["a"]}).replace_schema_metadata({"precision": "float8"}), path)
-    with pytest.raises(TpawError, match=r"1\.parquet: cannot be read \(precision b'float8' is neither"):
+    with pytest.raises(TpawError, match=r"1\.parquet: cannot be read \(precision 'float8' is none of float32"):
         scored_in(path)
