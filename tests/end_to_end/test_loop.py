@@ -123,21 +123,24 @@ def test_a_checkpoint_that_other_code_made_is_made_again_with_the_same_numbers(p
     assert project.lock() == before
 
 
-def test_accumulated_micro_batches_have_the_same_loss_and_gradient_by_the_command_line(project: Project) -> None:
+def test_a_step_in_parts_and_on_two_processes_has_the_loss_and_gradient_of_one_pass(project: Project) -> None:
     """The first step's numbers before anything was rounded differently, and the last step's loosely."""
     steps = ["training.save_steps=1", "training.logging_steps=1", "training.max_grad_norm=0"]
-    logs = []
-    for batch, accumulated in ((8, 1), (1, 8)):
-        sizes = [f"training.train_batch_size={batch}"]
-        sizes += [f"training.gradient_accumulation_steps={accumulated}"] if accumulated > 1 else []
-        with project.settings(*steps, *sizes):
+    logs, scores = [], project.workspace.weights(2).read_bytes()
+    for own in ([], ["training.max_tokens=1"], ["machine.processes=2"]):
+        with project.settings(*steps, "training.train_batch_size=8", *own):
             project.run("tpaw", "train", "-t", "2")
         logs.append(read_log(project.workspace, 2))
-    expected, found = logs
-    assert [entry["step"] for entry in found] == [entry["step"] for entry in expected] == list(range(1, 7))
-    for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected", "weights/target_active"):
-        assert found[0][name] == pytest.approx(expected[0][name], rel=1e-5), name
-        assert found[-1][name] == pytest.approx(expected[-1][name], rel=1e-2), name
+    expected = logs[0]
+    for found in logs[1:]:
+        assert [entry["step"] for entry in found] == [entry["step"] for entry in expected] == list(range(1, 7))
+        for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected", "weights/target_active"):
+            assert found[0][name] == pytest.approx(expected[0][name], rel=1e-5), name
+            assert found[-1][name] == pytest.approx(expected[-1][name], rel=1e-2), name
+    shutil.rmtree(project.workspace.scores)
+    with project.settings("machine.processes=2"):
+        project.run("tpaw", "weights", "-t", "2")
+    assert project.workspace.weights(2).read_bytes() == scores
 
 
 def test_lambda_by_length_divides_each_log_probability_by_its_own_tokens(project: Project) -> None:
