@@ -16,6 +16,8 @@ LAPTOP = (
     "flops --shape wide --dtype bf16",
     "growth --shape long",
     "overhead",
+    "sums",
+    "sums --parts 4",
     "lora --repeats 1",
 )
 GPU = (

@@ -177,7 +177,7 @@ def _writable(path: Path) -> Iterator[None]:
 
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
 CHECKPOINTS, DATA_SETS, SCORES = "checkpoints/*/model.safetensors", "synthetic/*.parquet", ".tpaw/scores/*/*/*/*.npy"
-ENCODED = "encoded/train.parquet"
+ENCODED, SUMS = "encoded/train.parquet", ".tpaw/sums.json"
 # Where stages run on several processes.
 OF_RANKS = {
     "kill -9, a rank": Kind("repro", of_a_machine("tpaw_core.launch.worker")),
@@ -209,6 +209,8 @@ KINDS = {
     "flipped bit, team": Kind("repro", damage=flip, pattern="teams/*.json"),
     "flipped bit, scores": Kind("repro", damage=flip, pattern=SCORES),
     "truncated, scores": Kind("repro", damage=truncate, pattern=SCORES),
+    "flipped bit, remembered sums": Kind("repro", damage=flip, pattern=SUMS),
+    "truncated, remembered sums": Kind("repro", damage=truncate, pattern=SUMS),
     "flipped bit, rows": Kind("flow", damage=flip, pattern="data/*.jsonl"),
     "truncated, dvc.lock": Kind("flow", damage=truncate, pattern="dvc.lock"),
     "flipped bit, dvc.lock": Kind("flow", damage=flip, pattern="dvc.lock"),

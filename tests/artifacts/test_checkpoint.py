@@ -211,13 +211,13 @@ def test_a_manifest_from_before_code_was_recorded_is_accepted_and_reports_nothin
 
 
 def test_a_base_model_is_known_by_its_weights_or_its_manifest(
-    model: Any, save_checkpoint: Callable[..., Any], tmp_path: Path
+    model: Any, save_checkpoint: Callable[..., Any], workspace: Workspace, tmp_path: Path
 ) -> None:
     sealed = save_checkpoint(model, tmp_path / "sealed")
-    assert checkpoint.identity(model, tmp_path / "sealed") == sealed.digest
+    assert checkpoint.identity(workspace, model, tmp_path / "sealed") == sealed.digest
     model.save_pretrained(tmp_path / "plain")
     weights = {"model.safetensors": files.sha256(tmp_path / "plain" / "model.safetensors")}
-    assert checkpoint.identity(model, tmp_path / "plain") == files.digest(weights)
+    assert checkpoint.identity(workspace, model, tmp_path / "plain") == files.digest(weights)
 
 
 def test_generation_settings_that_came_with_a_model_are_not_loaded(folder: Path) -> None:

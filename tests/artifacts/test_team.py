@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from tpaw_core.artifacts.team import Member, Team, read_team, write_team
+from tpaw_core.artifacts.team import Member, Team, answers, read_team, write_team
 from tpaw_core.errors import TpawError
+from tpaw_core.workspace import files
 from tpaw_core.workspace.paths import Workspace
 
 Damage = Callable[[dict[str, Any]], Any]
@@ -72,6 +73,21 @@ def test_a_damaged_team_is_refused(damage: Damage, workspace: Workspace) -> None
     save(workspace, json.dumps(damage(SOUND)))
     with pytest.raises(TpawError, match=r"teams/3\.json: is damaged; recreate it with `tpaw team --iteration 3`"):
         read_team(workspace, 3)
+
+
+def test_other_answers_than_the_teams_are_refused(workspace: Workspace) -> None:
+    path = workspace.synthetic(1)
+    path.parent.mkdir()
+    path.write_bytes(b"abc")
+    played = Member(**member(0, synthetic_sha256=files.sha256(path)))
+    assert answers(workspace, played) == path
+    path.write_bytes(b"abd")
+    message = rf"{path}: has changed since the team was made; move it away, then restore it with `dvc checkout"
+    with pytest.raises(TpawError, match=message):
+        answers(workspace, played)
+    path.unlink()
+    with pytest.raises(TpawError, match=rf"{path}: does not exist; recreate it, or restore it with `dvc checkout`"):
+        answers(workspace, played)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 5000])

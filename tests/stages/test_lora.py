@@ -149,7 +149,7 @@ def test_a_member_is_scored_as_it_is_trained_to_the_bit(scratch: Context) -> Non
 
 def test_an_adapter_on_a_published_base_is_a_member_from_checkpoint_0_on(on_base: Context, base: Path) -> None:
     workspace = on_base.workspace
-    expected = checkpoint.Base(source=str(base), revision=None, digest=checkpoint.base_digest(base))
+    expected = checkpoint.Base(source=str(base), revision=None, digest=checkpoint.base_digest(workspace, base))
     assert [checkpoint.verify(workspace, t).base for t in (0, 1)] == [expected, expected]
     manifest = checkpoint.manifest(workspace, 0)
     assert manifest.made_from[str(base)] == expected.digest
@@ -270,7 +270,7 @@ def test_an_adapter_made_elsewhere_is_checkpoint_0_or_what_sft_goes_on_from(
     run(made, 1)
     manifest = checkpoint.verify(made.workspace, 0)
     assert manifest.base is not None
-    assert manifest.base.digest == checkpoint.base_digest(base)
+    assert manifest.base.digest == checkpoint.base_digest(made.workspace, base)
     assert str(elsewhere / adapters.WEIGHTS) in manifest.made_from
     given, ours = (load_file(folder / adapters.WEIGHTS) for folder in (elsewhere, made.workspace.checkpoint(0)))
     assert given.keys() == ours.keys()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from tpaw_core.stages.sft import sft
 from tpaw_core.stages.team import team
 from tpaw_core.stages.train import train
 from tpaw_core.stages.weights import weights
+from tpaw_core.workspace import records, sums
 from tpaw_core.workspace.paths import Workspace
 
 SETTINGS = [*TINY, "data.max_train_rows=8", "data.max_heldout_rows=4", "sft.num_train_epochs=1"]
@@ -173,6 +176,21 @@ def test_a_damaged_checkpoint_is_named(
     spoil, message = DAMAGES[damage]
     spoil(workspace.checkpoint(0))
     refused(rf"checkpoints/0/{message}", workspace, stage, iteration)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_remembered_is_refused_once_it_is_damaged(workspace: Workspace) -> None:
+    """Also where the file keeps its size and modification time; what nobody touched is not read again."""
+    time.sleep(sums.SETTLED / 1e9 + 0.1)
+    weights(Context(workspace, resolved()), 2)
+    path = workspace.checkpoint(0) / "model.safetensors"
+    known = records.read(workspace.sums, sums.Memory).known
+    assert {path.name for path in map(Path, known)} >= {"model.safetensors", "train.jsonl", "train.parquet"}
+    before = path.stat()
+    flip(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for stage, iteration in ((generate, 1), (weights, 1), (train, 1), (evaluate, 0)):
+        refused(r"checkpoints/0/model\.safetensors: has changed since it was made", workspace, stage, iteration)
 
 
 OTHER_ROWS = r"was not made from the current data/{}\.jsonl; recreate it with `tpaw encode`"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tpaw_core.stages.context import Context, open_context
 from tpaw_core.tracking.registry import MODEL
 from tpaw_core.upkeep import verify
 from tpaw_core.upkeep.verify import Findings
+from tpaw_core.workspace import files, records, sums
 
 pytestmark = pytest.mark.slow
 
@@ -119,6 +121,23 @@ def test_a_planted_corruption_is_found_and_named(longer_project: Project, what: 
     assert said
     name = "version " if ".tpaw/mlflow" in str(path) else str(path).removesuffix("/manifest.json")
     assert any(name in line for line in said), said
+
+
+def test_what_stages_remember_is_read_all_the_same(longer_project: Project) -> None:
+    """Bytes that changed on the disk by themselves: no time tells of them."""
+    workspace = longer_project.workspace
+    path = workspace.checkpoint(1) / "model.safetensors"
+    time.sleep(sums.SETTLED / 1e9 + 0.1)
+    checkpoint.verify(workspace, 1)
+    write(path, flipped(path))
+    memory = records.read(workspace.sums, sums.Memory)
+    now = path.stat()
+    stamp = [now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns]
+    known = {**memory.known, str(path): memory.known[str(path)].model_copy(update={"stamp": stamp})}
+    digest = files.digest({name: value.model_dump() for name, value in known.items()})
+    workspace.sums.write_text(sums.Memory(digest=digest, known=known).text())
+    checkpoint.verify(workspace, 1)
+    assert f"{path}: has changed since it was made" in "".join(check(longer_project).disagreements)
 
 
 def test_a_healthy_workspace_has_nothing_that_disagrees(longer_project: Project) -> None:

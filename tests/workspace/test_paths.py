@@ -20,6 +20,7 @@ def test_everything_lies_below_the_root() -> None:
         "validation_rows": "data/validation.jsonl",
         "state": ".tpaw",
         "scores": ".tpaw/scores",
+        "sums": ".tpaw/sums.json",
         "training_state": ".tpaw/training",
         "flow_seconds": ".tpaw/flow_seconds.json",
         "mlflow": ".tpaw/mlflow",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from tpaw_core.artifacts import adapters, code, pretrained
 from tpaw_core.artifacts.pretrained import Sharding
 from tpaw_core.data import endings
 from tpaw_core.errors import TpawError
-from tpaw_core.workspace import files, records
+from tpaw_core.workspace import files, records, sums
 from tpaw_core.workspace.paths import Workspace
 from tpaw_core.workspace.records import Record
 
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MANIFEST, GENERATION = "manifest.json", "generation_config.json"
+PART = "5GB"  # the most that one file of weights holds: files are hashed side by side
 VERSIONED = ("tpaw", "torch", "transformers", "tokenizers")
+Sums = Callable[[Sequence[Path]], Sequence[str]]
 SHIPPED = "_tpaw_shipped"  # the attribute that keeps a loaded model's own generation config
 
 
@@ -86,7 +88,7 @@ def write(
 
     with workspace.publish(workspace.checkpoint(iteration)) as aside:
         if adapters.active(model) is None:
-            model.to(getattr(torch, dtype)).save_pretrained(aside)
+            model.to(getattr(torch, dtype)).save_pretrained(aside, max_shard_size=PART)
         else:
             adapters.write(model, aside)
         tokenizer.save_pretrained(aside)
@@ -101,10 +103,11 @@ def write(
 
 def seal(folder: Path, iteration: int, origin: Origin) -> Manifest:
     """Write the manifest of a finished checkpoint folder."""
-    sums = {path.name: files.sha256(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    paths = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
+    shas = dict(zip([path.name for path in paths], sums.read(paths), strict=True))
     manifest = Manifest(
         iteration=iteration,
-        digest=_identity(sums, origin.base),
+        digest=_identity(shas, origin.base),
         base=origin.base,
         parent=origin.parent,
         team=list(origin.team),
@@ -112,14 +115,14 @@ def seal(folder: Path, iteration: int, origin: Origin) -> Manifest:
         params=dict(origin.params),
         versions=_versions(VERSIONED if origin.base is None else (*VERSIONED, "peft")),
         code=code.digests(),
-        files=sums,
+        files=shas,
     )
     (folder / MANIFEST).write_text(manifest.text())
     return manifest
 
 
-def _identity(sums: Mapping[str, str], base: Base | None) -> str:
-    return files.digest(sums if base is None else {**sums, "base": base.digest})
+def _identity(shas: Mapping[str, str], base: Base | None) -> str:
+    return files.digest(shas if base is None else {**shas, "base": base.digest})
 
 
 def _versions(names: Sequence[str]) -> dict[str, str]:
@@ -151,36 +154,38 @@ def _read(path: Path, folder: Path, remedy: str | None = None) -> Manifest:
 def verify(workspace: Workspace, iteration: int) -> Manifest:
     """The manifest, after checking that every file is there, unchanged, and none is a pickle.
 
-    The base of an adapter is not looked at. Raises TpawError naming the file.
+    What the workspace remembers is not read again. The base of an adapter is not looked at. Raises TpawError naming the
+    file.
     """
     found, folder = manifest(workspace, iteration), workspace.checkpoint(iteration)
     if not folder.exists():
         raise TpawError(f"{folder}: was pruned; recreate it with `dvc repro train@{iteration}`")
     remedy = f"move {folder} away, then restore it with `dvc checkout {folder}` or recreate the checkpoint"
-    _verify_files(folder, found, remedy)
+    _verify_files(folder, found, remedy, workspace.sha256s)
     return found
 
 
-def verify_folder(folder: Path, remedy: str) -> Manifest:
+def verify_folder(folder: Path, remedy: str, sha256s: Sums = sums.read) -> Manifest:
     """`verify` for a sealed folder that is no checkpoint of a workspace."""
     found = _read(folder / MANIFEST, folder, remedy)
-    _verify_files(folder, found, remedy)
+    _verify_files(folder, found, remedy, sha256s)
     return found
 
 
-def _verify_files(folder: Path, found: Manifest, remedy: str) -> None:
+def _verify_files(folder: Path, found: Manifest, remedy: str, sha256s: Sums) -> None:
     for path in folder.iterdir():
         if path.suffix in pretrained.PICKLE:
             raise TpawError(f"{path}: is a pickle file, which can run code when loaded; use safetensors")
         if path.name != MANIFEST and path.name not in found.files:
             raise TpawError(f"{path}: is not in the manifest; remove it, or {remedy}")
-    for name, sha in found.files.items():
-        path = folder / name
+    paths = [folder / name for name in found.files]
+    for name, path in zip(found.files, paths, strict=True):
         if Path(name).name != name:
             raise TpawError(f"{folder / MANIFEST}: {name!r} lies outside the checkpoint's folder")
         if not path.is_file():
             raise TpawError(f"{path}: is missing; {remedy}")
-        if files.sha256(path) != sha:
+    for path, sha, found_sha in zip(paths, found.files.values(), sha256s(paths), strict=True):
+        if found_sha != sha:
             raise TpawError(f"{path}: has changed since it was made; {remedy}")
 
 
@@ -236,18 +241,18 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def identity(model: PreTrainedModel, source: str | Path) -> str:
+def identity(workspace: Workspace, model: PreTrainedModel, source: str | Path) -> str:
     """Of a base model: the digest of a folder's weights, or the hub's commit."""
     folder = Path(source)
     if not folder.is_dir():
         return str(model.config._commit_hash)
     if (folder / MANIFEST).exists():
         return _read(folder / MANIFEST, folder).digest
-    return files.digest({path.name: files.sha256(path) for path in sorted(folder.glob("*.safetensors"))})
+    return _of_files(workspace, sorted(folder.glob("*.safetensors")))
 
 
-def base_digest(source: str | Path, revision: str | None = None) -> str:
-    """What a whole model is, wherever it lies: of a folder its config and weights, read; of a hub id the commit.
+def base_digest(workspace: Workspace, source: str | Path, revision: str | None = None) -> str:
+    """What a whole model is, wherever it lies: of a folder its config and weights; of a hub id the commit.
 
     Raises TpawError where it is missing, damaged, or not a whole model.
     """
@@ -255,8 +260,10 @@ def base_digest(source: str | Path, revision: str | None = None) -> str:
     if not folder.is_dir():
         return str(pretrained.load_config(source, revision)._commit_hash)
     if (folder / MANIFEST).exists():
-        return verify_folder(folder, "restore it, or copy it again").digest
-    paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return files.digest(
-        {path.name: files.sha256(files.need(path, "use a folder that holds a whole model")) for path in paths}
-    )
+        return verify_folder(folder, "restore it, or copy it again", workspace.sha256s).digest
+    config = files.need(folder / "config.json", "use a folder that holds a whole model")
+    return _of_files(workspace, [config, *sorted(folder.glob("*.safetensors"))])
+
+
+def _of_files(workspace: Workspace, paths: Sequence[Path]) -> str:
+    return files.digest(dict(zip([path.name for path in paths], workspace.sha256s(paths), strict=True)))

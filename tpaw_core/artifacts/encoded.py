@@ -118,7 +118,7 @@ def _rows(workspace: Workspace, name: str) -> Path:
 
 def _digest(workspace: Workspace, name: str) -> str:
     path = _rows(workspace, name)
-    return files.sha256(path) if path.exists() else ""
+    return workspace.sha256(path) if path.exists() else ""
 
 
 def _write_rows(path: Path, rows: EncodedRows | None, digest: str) -> None:

@@ -69,19 +69,15 @@ def write_synthetic(
             file.write_batch(pa.record_batch(arrays, schema=schema))
 
 
-def read_responses(path: Path, row_ids: list[str], sha256: str | None = None, digest: str | None = None) -> TokenRows:
+def read_responses(path: Path, row_ids: list[str], digest: str | None = None) -> TokenRows:
     """The ids that an opponent generated, in the order of ``row_ids``.
 
-    Raises TpawError where a row is missing, the file is not the one with this ``sha256``, or it belongs to other
-    encoded rows than those with ``digest``.
+    Raises TpawError where a row is missing, or the file belongs to other encoded rows than those with ``digest``.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = files.need(path, records.RESTORE)
-    if sha256 is not None and files.sha256(path) != sha256:
-        remedy = f"move it away, then restore it with `dvc checkout {path}`"
-        raise TpawError(f"{path}: has changed since the team was made; {remedy}")
     with readable(path):
         table = pq.read_table(path, columns=["prompt_id", "rejected_ids"]).combine_chunks()
         ids = table["rejected_ids"].combine_chunks()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tpaw_core.errors import TpawError
 from tpaw_core.workspace import files, records
 from tpaw_core.workspace.paths import Workspace
@@ -45,6 +47,15 @@ def read_team(workspace: Workspace, iteration: int) -> Team:
     if not sound:
         raise TpawError(f"{path}: is damaged; recreate it with {again}")
     return found
+
+
+def answers(workspace: Workspace, member: Member) -> Path:
+    """The file with a member's answers. Raises TpawError where it is not the one that the team was made with."""
+    path = files.need(workspace.place(member.synthetic), records.RESTORE)
+    if workspace.sha256(path) != member.synthetic_sha256:
+        remedy = f"move it away, then restore it with `dvc checkout {path}`"
+        raise TpawError(f"{path}: has changed since the team was made; {remedy}")
+    return path
 
 
 def write_team(workspace: Workspace, team: Team) -> None:

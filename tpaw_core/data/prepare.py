@@ -42,7 +42,7 @@ def prepare(workspace: Workspace, data: Data, seed: int) -> dict[str, int]:
     local = _local_sources(workspace, data)
     for path in local:
         _refuse_inside(workspace.data, path)
-    made_from = _made_from(local, data, seed)
+    made_from = _made_from(workspace, local, data, seed)
     if (counts := _up_to_date(workspace, made_from)) is not None:
         return counts
     if data.path == "arithmetic":
@@ -112,14 +112,16 @@ def _refuse_inside(folder: Path, source: Path) -> None:
         )
 
 
-def _made_from(local: list[Path], data: Data, seed: int) -> str:
+def _made_from(workspace: Workspace, local: list[Path], data: Data, seed: int) -> str:
     """Digest of everything that decides the rows: settings, seed, and the bytes of local files."""
     sums: list[Any] = []
     for path in local:
         if path.is_dir():
-            sums.append({file.relative_to(path).as_posix(): files.sha256(file) for file in sources.files_of(path)})
+            found = sources.files_of(path)
+            names = [file.relative_to(path).as_posix() for file in found]
+            sums.append(dict(zip(names, workspace.sha256s(found), strict=True)))
         elif path.is_file():
-            sums.append(files.sha256(path))
+            sums.append(workspace.sha256(path))
     return files.digest([data.model_dump(exclude={"max_self_play_rows"}), seed, sums])
 
 
@@ -127,7 +129,7 @@ def _up_to_date(workspace: Workspace, made_from: str) -> dict[str, int] | None:
     """The numbers of rows in data/ where it is unchanged and was made from the same."""
     try:
         found = records.read(_origin(workspace), Origin)
-        same = all(files.sha256(workspace.data / name) == sha for name, sha in found.files.items())
+        same = all(workspace.sha256(workspace.data / name) == sha for name, sha in found.files.items())
         return found.rows if same and found.made_from == made_from else None
     except (OSError, TpawError):
         return None
@@ -140,7 +142,7 @@ def verify(workspace: Workspace, *, must_exist: bool = False) -> None:
         return
     for name, sha in records.read(files.need(origin, AGAIN), Origin, AGAIN).files.items():
         path = files.need(workspace.data / Path(name).name, AGAIN)
-        if files.sha256(path) != sha:
+        if workspace.sha256(path) != sha:
             raise TpawError(
                 f"{path}: has changed since `tpaw data` made it; {AGAIN}. Do not edit files in data/ by hand"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +16,6 @@ from tpaw_core.config.params import Params
 from tpaw_core.data.rows import Row, read_rows
 from tpaw_core.errors import TpawError
 from tpaw_core.method.team import Candidate
-from tpaw_core.workspace import files
 from tpaw_core.workspace.paths import Workspace
 
 if TYPE_CHECKING:
@@ -52,12 +51,16 @@ class Context:
     @property
     def encoded_digest(self) -> str:
         """Of the encoded training rows: what is made from them carries it."""
-        return files.sha256(self.workspace.encoded("train"))
+        return self.workspace.sha256(self.workspace.encoded("train"))
 
     @property
     def rows(self) -> tuple[Path, Path]:
         """The training rows as texts and as token ids, as a manifest names them."""
         return self.workspace.train_rows, self.workspace.encoded("train")
+
+    def sums(self, paths: Sequence[Path]) -> dict[str, str]:
+        """Files of the workspace and their digests, as a manifest records them."""
+        return dict(zip(map(self.workspace.name, paths), self.workspace.sha256s(paths), strict=True))
 
     def source(self, name: str) -> str:
         """A base model: the folder of this name, if there is one, else a hub id."""

@@ -13,7 +13,7 @@ from tpaw_core.artifacts.checkpoint import Base
 from tpaw_core.errors import TpawError
 from tpaw_core.launch.source import Source
 from tpaw_core.stages.context import Context
-from tpaw_core.workspace import files
+from tpaw_core.workspace.paths import Workspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,13 +36,14 @@ class Start(NamedTuple):
             return str(self.adapter), None
         return self.source, self.revision
 
-    def read(self) -> dict[str, str]:
+    def read(self, workspace: Workspace) -> dict[str, str]:
         """The files of an adapter and their digests."""
         paths = [] if self.adapter is None else [self.adapter / adapters.CONFIG, self.adapter / adapters.WEIGHTS]
-        return {str(path): files.sha256(path) for path in paths}
+        return dict(zip(map(str, paths), workspace.sha256s(paths), strict=True))
 
-    def base(self) -> Base:
-        return Base(source=self.name, revision=self.revision, digest=checkpoint.base_digest(self.source, self.revision))
+    def base(self, workspace: Workspace) -> Base:
+        digest = checkpoint.base_digest(workspace, self.source, self.revision)
+        return Base(source=self.name, revision=self.revision, digest=digest)
 
 
 def start(context: Context) -> Start:
@@ -85,7 +86,7 @@ def place(context: Context, base: Base) -> tuple[str, str | None]:
     why = {}
     for source, revision in dict.fromkeys(found):
         try:
-            digest = checkpoint.base_digest(source, revision)
+            digest = checkpoint.base_digest(context.workspace, source, revision)
         except TpawError as error:
             why[source] = str(error)
             continue

@@ -47,13 +47,13 @@ def sft(context: Context) -> None:
         if params.lora is not None:
             deciding["lora"] = params.lora.model_dump(mode="json")
         rows = context.encoded_digest
-        made_from = {workspace.name(path): files.sha256(path) for path in context.rows}
+        made_from = context.sums(context.rows)
         state = workspace.training_state / f"0-{files.digest([deciding, rows])[:16]}"
         if base is not None:
-            made_from |= {base.source: base.digest, **members.start(context).read()}
+            made_from |= {base.source: base.digest, **members.start(context).read(workspace)}
             state = workspace.training_state / f"0-{files.digest([deciding, rows, made_from])[:16]}"
         elif (name := params.model.model_name_or_path) is not None:
-            made_from[name] = checkpoint.identity(model, context.source(name))
+            made_from[name] = checkpoint.identity(workspace, model, context.source(name))
         log: list[dict[str, float]] = []
         if not params.sft.enabled:
             model = source.load()
@@ -122,4 +122,4 @@ def _source(context: Context) -> tuple[Source, Base | None]:
         return Source(place, start.revision, "float32" if params.sft.enabled else own.dtype), None
     new, adapter = (params.lora, params.seed), start.adapter
     found = Source(place, start.revision, "bfloat16", is_base=True, adapter=adapter, new=None if adapter else new)
-    return found, start.base()
+    return found, start.base(context.workspace)

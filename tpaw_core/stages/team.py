@@ -39,7 +39,7 @@ def team(context: Context, iteration: int) -> None:
                     digest=player.digest,
                     checkpoint=workspace.name(workspace.checkpoint(player.iteration)),
                     synthetic=workspace.name(synthetic),
-                    synthetic_sha256=files.sha256(synthetic),
+                    synthetic_sha256=workspace.sha256(synthetic),
                 )
             )
         players = min(settings.players or len(members), len(members))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tpaw_core.artifacts import adapters, checkpoint
 from tpaw_core.artifacts.encoded import read_encoding
 from tpaw_core.artifacts.synthetic import read_responses
-from tpaw_core.artifacts.team import read_team
+from tpaw_core.artifacts.team import Member, answers, read_team
 from tpaw_core.artifacts.training_log import write_log
 from tpaw_core.artifacts.weights import read_weights, scored_in
 from tpaw_core.errors import TpawError
@@ -22,6 +22,7 @@ from tpaw_core.workspace import files
 if TYPE_CHECKING:
     from tpaw_core.config.params import Objective, Optimisation
     from tpaw_core.data.encoding import EncodedRows
+    from tpaw_core.data.tokens import TokenRows
     from tpaw_core.engine.training.batches import Groups
 
 
@@ -63,7 +64,7 @@ def train(context: Context, iteration: int) -> None:
             own = {"groups": _groups(context, iteration, encoded, objective), "objective": objective}
             made_from.append(workspace.weights(iteration))
             team = [member.digest for member in read_team(workspace, iteration).members]
-        sums = {workspace.name(path): files.sha256(path) for path in made_from}
+        sums = context.sums(made_from)
         state = workspace.training_state / f"{iteration}-{files.digest([manifest.digest, team, sums, deciding])[:16]}"
         origin = checkpoint.Origin(manifest.digest, team, sums, deciding, base if params.lora else None)
         source = Members(context, "bfloat16" if params.lora else "float32").source(iteration - 1)
@@ -141,13 +142,13 @@ def _groups(context: Context, iteration: int, encoded: EncodedRows, objective: O
         )
     shape = len(team.members), len(encoded.row_ids), team.players  # opponents, rows, players
 
-    def answers(member: Any) -> Any:
-        return read_responses(workspace.place(member.synthetic), encoded.row_ids, member.synthetic_sha256, digest)
+    def played(member: Member) -> TokenRows:
+        return read_responses(answers(workspace, member), encoded.row_ids, digest)
 
     return Groups(
         encoded.prompts,
         encoded.chosen,
-        [answers(member) for member in team.members],
+        [played(member) for member in team.members],
         weights.players_chosen.reshape(shape)[0],
         weights.players_rejected.reshape(shape),
         weights.beta.reshape(shape),

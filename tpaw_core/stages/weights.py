@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tpaw_core.artifacts import checkpoint
 from tpaw_core.artifacts.encoded import read_encoding
 from tpaw_core.artifacts.synthetic import read_responses
-from tpaw_core.artifacts.team import Team, read_team
+from tpaw_core.artifacts.team import Team, answers, read_team
 from tpaw_core.artifacts.weights import Weights, write_weights
 from tpaw_core.errors import Diverged, TpawError
 from tpaw_core.stages.context import Context
@@ -81,9 +81,8 @@ def _scores(
         then = read_team(workspace, earlier)
         pairs = list(zip(encoded.prompts, encoded.chosen, strict=True))
         for opponent in then.members:
-            path = workspace.place(opponent.synthetic)
-            answers = read_responses(path, encoded.row_ids, opponent.synthetic_sha256, digest)
-            pairs += zip(encoded.prompts, answers, strict=True)
+            played = read_responses(answers(workspace, opponent), encoded.row_ids, digest)
+            pairs += zip(encoded.prompts, played, strict=True)
         keys, columns = score_store.keys(pairs), []
         for member, store in zip(team.judges, stores, strict=True):
             if member.digest not in [judge.digest for judge in then.judges]:

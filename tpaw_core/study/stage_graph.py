@@ -88,8 +88,9 @@ def _digest(workspace: Workspace, path: Path) -> str:
         return checkpoint.manifest(workspace, int(path.name)).digest
     path = files.need(workspace.root / path, "the previous stage creates it")
     if path.is_dir():
-        return files.digest({file.name: files.sha256(file) for file in sorted(path.iterdir())})
-    return files.sha256(path)
+        found = sorted(path.iterdir())
+        return files.digest(dict(zip([file.name for file in found], workspace.sha256s(found), strict=True)))
+    return workspace.sha256(path)
 
 
 def _value(tree: Any, name: str) -> Any:

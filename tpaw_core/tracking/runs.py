@@ -15,7 +15,6 @@ from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric,
 from tpaw_core.config import params as settings
 from tpaw_core.config.params import Params
 from tpaw_core.tracking import client, ledger
-from tpaw_core.workspace import files
 from tpaw_core.workspace.paths import Workspace
 
 EXPERIMENT = "tpaw"
@@ -112,7 +111,7 @@ class Runs:
         """A data set as an input of the run, with its digest."""
         dataset = Dataset(
             name=self.workspace.name(path),
-            digest=files.sha256(path)[:16],
+            digest=self.workspace.sha256(path)[:16],
             source_type="local",
             source=json.dumps({"uri": self.workspace.name(path)}),
             profile=json.dumps({"num_rows": rows}),

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,7 @@ class Findings:
 
 def check(context: Context) -> Findings:
     """Look at all of a workspace; of a pruned checkpoint the manifest counts."""
+    context = replace(context, workspace=replace(context.workspace, remembers=False))
     found = Findings(context.workspace)
     _rows(found)
     _encoded(found)

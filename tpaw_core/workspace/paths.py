@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from tpaw_core.errors import TpawError
-from tpaw_core.workspace import files, lock
+from tpaw_core.workspace import files, lock, sums
 
 OUTPUTS = (
     "data", "encoded", "checkpoints", "synthetic", "teams", "weights", "training", "metrics", "samples", "report"
@@ -22,6 +23,7 @@ class Workspace:
     root: Path = Path()
     source: Path | None = None  # where relative paths to rows and models start; None: the root
     shared_scores: Path | None = None  # a score store that several workspaces use
+    remembers: bool = True  # the sums of untouched files; False: all files are read
 
     @property
     def params_file(self) -> Path:
@@ -64,6 +66,11 @@ class Workspace:
     @property
     def scores(self) -> Path:
         return self.shared_scores or self.state / "scores"
+
+    @property
+    def sums(self) -> Path:
+        """The sums of files as they were last read."""
+        return self.state / "sums.json"
 
     @property
     def training_state(self) -> Path:
@@ -138,6 +145,13 @@ class Workspace:
     def input(self, path: str) -> Path:
         """A path that the user wrote in params.yaml."""
         return (self.source or self.root) / path
+
+    def sha256(self, path: Path) -> str:
+        """The SHA-256 of a file, wherever it lies; see `sums.recall`."""
+        return self.sha256s([path])[0]
+
+    def sha256s(self, paths: Sequence[Path]) -> list[str]:
+        return sums.recall(paths, self.sums) if self.remembers else sums.read(paths)
 
     def publish(self, target: Path) -> AbstractContextManager[Path]:
         return files.publish(target)
