@@ -57,7 +57,7 @@ def start(arguments: argparse.Namespace) -> Start:
 
 
 def ours(arguments: argparse.Namespace) -> dict[str, float]:
-    from tpaw_core.artifacts.score_store import ScoreStore, keys
+    from tpaw_core.artifacts.score_store import Request, ScoreStore, keys
     from tpaw_core.data.endings import Ending
     from tpaw_core.data.tokens import TokenRows
     from tpaw_core.engine import scoring
@@ -88,13 +88,13 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
         limits: Any = {"max_length": 160, "ending": ending, "pad_id": pad_id, "seed": 1}
         answers = [response.ids for response in in_process.generate(players[0], prompts, sampling, **limits)]
         pairs = known[: len(prompts)] + list(zip(prompts, answers, strict=True)) + known[len(prompts) :]
-        named = keys(pairs)
+        request = Request.of(keys(pairs))
         table, new = [], 0
         for store, player in zip(team, players, strict=True):
             if player is not players[0]:
                 store.scores(known, lambda some: [])
             values, count = store.scores(
-                pairs, lambda some, by=player: scoring.batches(by, some, pad_id=pad_id, bf16=bf16), named
+                pairs, lambda some, by=player: scoring.batches(by, some, pad_id=pad_id, bf16=bf16), request
             )
             table.append(values)
             new += count

@@ -1,4 +1,4 @@
-"""How the stages grow with the number of rows: seconds and peak memory of each, in a process of its own.
+"""How the stages grow with the number of rows: processor time and peak memory of each, in a process of its own.
 
 Rows are short (about 25 tokens of prompt, 20 of target). Iteration 3 plays against three members. Scores come from a
 formula, and training learns nothing: `bench.scoring` and `bench.training` measure a model's own time and memory. Memory
@@ -72,24 +72,25 @@ def encode(context: Context) -> None:
     encode(context)
 
 
-def synthetic(context: Context) -> None:
-    """The answers of one member; the other members' files hold the same."""
+def synthetic(context: Context, iteration: int = 1) -> None:
+    """The answers of one member."""
     from tpaw_core.artifacts import checkpoint
     from tpaw_core.artifacts.synthetic import write_synthetic
     from tpaw_core.data.endings import Response
 
-    workspace, encoded, draw = context.workspace, context.encoded(), random.Random(0)
+    workspace, encoded, draw = context.workspace, context.encoded(), random.Random(iteration)
     tokenizer = checkpoint.load_tokenizer(workspace.tokenizer)
     answers = [Response([draw.randrange(5, 300) for _ in range(draw.randint(10, 30))], "stop") for _ in encoded.prompts]
-    with workspace.publish(workspace.synthetic(1)) as aside:
+    with workspace.publish(workspace.synthetic(iteration)) as aside:
         rows, digest = context.playing(), context.encoded_digest
-        write_synthetic(aside, 1, "0" * 64, rows, encoded, answers, tokenizer, digest)
+        write_synthetic(aside, iteration, "0" * 64, rows, encoded, answers, tokenizer, digest)
 
 
 def teams(context: Context) -> None:
     """Not measured: three members with answers, and the teams that they made."""
     from tpaw_core.artifacts import checkpoint
     from tpaw_core.artifacts.team import Member, Team, write_team
+    from tpaw_core.workspace import files
 
     workspace = context.workspace
     for number in range(MEMBERS):
@@ -97,9 +98,7 @@ def teams(context: Context) -> None:
         (folder / "number").write_text(str(number))
         checkpoint.seal(folder, number, checkpoint.Origin())
         if number:
-            workspace.synthetic(number + 1).hardlink_to(workspace.synthetic(1))
-    from tpaw_core.workspace import files
-
+            synthetic(context, number + 1)
     members = [
         Member(
             iteration=number,
@@ -185,9 +184,9 @@ def stage(arguments: argparse.Namespace) -> dict[str, float]:
     recipe = str(Path(__file__).parents[1] / "recipes" / "own.yaml")
     params, _ = params_file.resolve(workspace, recipe, [*own, "model.max_length=128"])
     before = ratio.peak_memory()
-    started = time.perf_counter()
+    started = time.process_time()
     STAGES[arguments.stage](Context(workspace, params))
-    return {"seconds": time.perf_counter() - started, "memory": ratio.peak_memory() - before}
+    return {"seconds": time.process_time() - started, "memory": ratio.peak_memory() - before}
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support.rows import encode_rows
-from tpaw_core.artifacts import checkpoint
+from tpaw_core.artifacts import checkpoint, encoded, parquet
 from tpaw_core.artifacts.encoded import read_encoded, read_encoding, write_encoding
 from tpaw_core.data.encoding import EncodedRows
 from tpaw_core.data.endings import Ending
@@ -191,6 +191,21 @@ def test_equal_inputs_give_equal_bytes(write: Callable[[Workspace], None], tmp_p
         found.append({path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()})
     assert found[0] == found[1]
     assert {f"{name}.parquet" for name in NAMES} < {str(path) for path in found[0]}
+
+
+def test_many_rows_are_written_and_read_in_parts(
+    workspace: Workspace, tokenizer: Any, ending: Ending, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column of lists holds fewer than 2**31 ids in Arrow."""
+    for module in (parquet, encoded):
+        monkeypatch.setattr(module, "ROWS_AT_A_TIME", 2)
+    ids = TokenRows([number] * (number % 3) for number in range(7))
+    rows = EncodedRows([f"{n:016d}" for n in range(7)], [*range(7)], ids, ids[:7])
+    write_encoding(workspace, tokenizer, ending, {"train": rows})
+    assert pq.ParquetFile(workspace.encoded("train")).num_row_groups == 4
+    assert known(read_encoded(workspace, "train")) == known(rows)
+    for first in range(8):
+        assert known(read_encoded(workspace, "train", first)) == tuple(part[:first] for part in known(rows))
 
 
 def test_rows_of_many_lengths_keep_theirs(workspace: Workspace, tokenizer: Any, ending: Ending) -> None:

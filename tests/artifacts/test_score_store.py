@@ -33,8 +33,8 @@ class Scorer:
         self.asked: list[list[Pair]] = []
         self.at_most = at_most
 
-    def __call__(self, pairs: list[Pair]) -> Batches:
-        self.asked.append(pairs)
+    def __call__(self, pairs: Sequence[Pair]) -> Batches:
+        self.asked.append(list(pairs))
         for number, position in enumerate(reversed(range(len(pairs)))):
             if number == self.at_most:
                 raise RuntimeError("no memory")
@@ -42,12 +42,12 @@ class Scorer:
             yield [position], [-sum(prompt) - 0.1 * sum(response)]
 
 
-def always(value: float) -> Callable[[list[Pair]], Batches]:
+def always(value: float) -> Callable[[Sequence[Pair]], Batches]:
     return lambda pairs: iter([(list(range(len(pairs))), [value] * len(pairs))])
 
 
-def never(pairs: list[Pair]) -> Batches:
-    raise AssertionError(f"asked again for {pairs}")
+def never(pairs: Sequence[Pair]) -> Batches:
+    raise AssertionError(f"asked again for {list(pairs)}")
 
 
 def scores(
@@ -82,7 +82,7 @@ def test_equal_requests_give_equal_bytes_whatever_was_asked_before(
     rows: list[Pair] = [(e.prompt_ids, e.chosen_ids) for e in encoded]
     first, second, other = rows[:9], rows[5:20], rows[2:16]
 
-    def score(pairs: list[Pair]) -> Batches:
+    def score(pairs: Sequence[Pair]) -> Batches:
         return scoring.batches(model, pairs, pad_id=tokenizer.pad_token_id, batch_tokens=400)
 
     def both(folder: Path) -> bytes:
@@ -205,12 +205,35 @@ def test_a_writer_killed_anywhere_leaves_whole_files_only(tmp_path: Path) -> Non
     assert 0 < new <= 20000 - 200
 
 
+def test_many_files_are_read_in_time_that_grows_with_what_they_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with their number times what is asked: the store of a million rows has hundreds of files."""
+    monkeypatch.setattr(score_store, "ENTRIES_PER_FILE", 100)
+    looked = 0
+
+    search = np.searchsorted
+
+    def counting(sorted_keys: Any, keys: Any) -> Any:
+        nonlocal looked
+        looked += len(keys)
+        return search(sorted_keys, keys)
+
+    monkeypatch.setattr(np, "searchsorted", counting)
+    pairs: list[Pair] = [([n], [1]) for n in range(5000)]
+    scores(tmp_path, pairs, lambda p: (([n], [-float(n)]) for n in range(len(p))))
+    assert len(list(tmp_path.rglob("*.npy"))) == 50
+    looked = 0
+    assert scores(tmp_path, pairs, never)[0] == [-float(n) for n in range(5000)]
+    assert looked == 5000
+
+
 def test_two_writers_at_once_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second begins and ends while the first one is at work on the same request."""
     monkeypatch.setattr(score_store, "ENTRIES_PER_FILE", 2)
     pairs: list[Pair] = [([n], [1]) for n in range(6)]
 
-    def interrupted(asked: list[Pair]) -> Batches:
+    def interrupted(asked: Sequence[Pair]) -> Batches:
         for number, batch in enumerate(Scorer()(asked)):
             if number == 3:
                 assert scores(tmp_path, pairs, Scorer()) == ([-n - 0.1 for n in range(6)], 4)
@@ -238,7 +261,7 @@ def test_over_four_iterations_of_a_team_of_three_no_pair_is_scored_twice(
         fresh = 0
         for member in members:
 
-            def score(asked: list[Pair], player: int = member.iteration) -> Batches:
+            def score(asked: Sequence[Pair], player: int = member.iteration) -> Batches:
                 computed.update((player, tuple(prompt), tuple(response)) for prompt, response in asked)
                 return scoring.batches(models[player], asked, pad_id=tokenizer.pad_token_id, batch_tokens=400)
 

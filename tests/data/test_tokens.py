@@ -5,7 +5,7 @@ from array import array
 import numpy as np
 import pytest
 
-from tpaw_core.data.tokens import TokenRows
+from tpaw_core.data.tokens import Pairs, Some, TokenRows
 
 ROWS = [[5, 6, 7], [], [8]]
 
@@ -41,3 +41,33 @@ def test_an_index_outside_is_an_error(index: int) -> None:
 def test_no_rows() -> None:
     assert list(TokenRows()) == []
     assert TokenRows().offsets.tolist() == [0]
+    assert list(TokenRows.of(np.array([], np.int32), np.array([0]))) == []
+
+
+def test_rows_are_added_to_others() -> None:
+    rows = TokenRows(ROWS)
+    rows.extend(np.array([1, 2, 3, 99], np.int64), np.array([0, 0, 3], np.int32))
+    assert list(map(list, rows)) == [*ROWS, [], [1, 2, 3]]
+    assert rows.lengths.tolist() == [3, 0, 1, 0, 3]
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 3), (1, 2), (None, 2), (2, None), (1, 9), (3, 5), (2, 1)])
+def test_a_slice_is_rows_of_its_own(start: int | None, end: int | None) -> None:
+    some = TokenRows(ROWS)[start:end]
+    assert list(map(list, some)) == ROWS[start:end]
+    some.append([4])
+    assert list(map(list, some)) == [*ROWS[start:end], [4]]
+
+
+def test_pairs_are_each_prompt_with_the_first_responses_then_with_the_next() -> None:
+    prompts, one, other = TokenRows([[1], [2]]), TokenRows([[3], [4, 5]]), TokenRows([[6], []])
+    pairs = Pairs(prompts, one, other)
+    expected = [([1], [3]), ([2], [4, 5]), ([1], [6]), ([2], [])]
+    assert [(list(prompt), list(response)) for prompt, response in pairs] == expected
+    assert pairs.response_lengths.tolist() == [1, 2, 1, 0]
+    some = Some(pairs, np.array([3, 0, 3]))
+    assert [(list(prompt), list(response)) for prompt, response in some] == [expected[n] for n in (3, 0, 3)]
+    assert (len(pairs), len(some)) == (4, 3)
+    assert list(Pairs(TokenRows(), TokenRows())) == []
+    with pytest.raises(IndexError):
+        pairs[4]

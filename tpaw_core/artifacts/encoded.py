@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tpaw_core.artifacts.parquet import readable
+from tpaw_core.artifacts.parquet import ROWS_AT_A_TIME, add_ids, opened
 from tpaw_core.data.encoding import EncodedRows
 from tpaw_core.data.endings import Ending
 from tpaw_core.data.tokens import TokenRows
@@ -74,42 +76,28 @@ def read_encoded(workspace: Workspace, name: str, first: int | None = None) -> E
 
     Raises TpawError where they or the rows in data/ are missing, damaged, or do not belong together.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = files.need(workspace.encoded(name), MAKE)
-    with readable(path):
-        table = pq.read_table(path).combine_chunks()
-        if missing := {"prompt_id", "place", "prompt_ids", "target_ids"} - set(table.column_names):
-            raise ValueError(f"it has no column {min(missing)}")
-        row_ids, places = table["prompt_id"].to_pylist(), table["place"].to_pylist()
-        if not all(isinstance(row_id, str) for row_id in row_ids):
-            raise ValueError("prompt_id is not a text in every row")
-        if not all(isinstance(place, int) for place in places) or [-1, *places] != sorted({-1, *places}):
-            raise ValueError("its column place is not in increasing order")
-        columns = []
-        for column in ("prompt_ids", "target_ids"):
-            ids = table[column].combine_chunks()
-            if ids.null_count or not pa.types.is_list(ids.type) or ids.type.value_type != pa.int32():
-                raise ValueError(f"{column} is not a list of token ids in every row")
-            values = ids.values.to_numpy()
-            if (values < 0).any():
-                raise ValueError(f"{column} holds a token id below 0")
-            columns.append(TokenRows.of(values, ids.offsets.to_numpy()))
-    if made_from := (table.schema.metadata or {}).get(ROWS, b""):
+    found = EncodedRows([], [], TokenRows(), TokenRows())
+    with opened(path, ("prompt_id", "place", "prompt_ids", "target_ids")) as (metadata, batches):
+        for batch in batches:
+            row_ids, places = batch["prompt_id"].to_pylist(), batch["place"].to_pylist()
+            if not all(isinstance(row_id, str) for row_id in row_ids):
+                raise ValueError("prompt_id is not a text in every row")
+            known = [*(found.places[-1:] or [-1]), *places]
+            if not all(isinstance(place, int) for place in places) or not all(a < b for a, b in pairwise(known)):
+                raise ValueError("its column place is not in increasing order")
+            found.row_ids.extend(row_ids)
+            found.places.extend(places)
+            add_ids(found.prompts, batch["prompt_ids"], "prompt_ids")
+            add_ids(found.chosen, batch["target_ids"], "target_ids")
+    if made_from := (metadata or {}).get(ROWS, b""):
         files.need(_rows(workspace, name), ROWS_AGAIN)
     if made_from != _digest(workspace, name).encode():
         raise TpawError(f"{path}: was not made from the current data/{name}.jsonl; {AGAIN}")
-    found = EncodedRows(row_ids, places, *columns)
-    if first is None or not places or places[-1] < first:
+    if first is None or not found.places or found.places[-1] < first:
         return found
-    kept = [number for number, place in enumerate(places) if place < first]
-    return EncodedRows(
-        [row_ids[n] for n in kept],
-        [places[n] for n in kept],
-        TokenRows(found.prompts[n] for n in kept),
-        TokenRows(found.chosen[n] for n in kept),
-    )
+    kept = bisect_left(found.places, first)
+    return EncodedRows(found.row_ids[:kept], found.places[:kept], found.prompts[:kept], found.chosen[:kept])
 
 
 def _rows(workspace: Workspace, name: str) -> Path:
@@ -126,14 +114,16 @@ def _write_rows(path: Path, rows: EncodedRows | None, digest: str) -> None:
     import pyarrow.parquet as pq
 
     rows = rows or EncodedRows([], [], TokenRows(), TokenRows())
+    lists = pa.list_(pa.int32())
+    columns = {"prompt_id": pa.string(), "place": pa.int64(), "prompt_ids": lists, "target_ids": lists}
+    schema = pa.schema(columns, metadata={ROWS: digest})
 
     def ids(values: TokenRows) -> Any:
         return pa.ListArray.from_arrays(pa.array(values.offsets, pa.int32()), pa.array(values.values, pa.int32()))
 
-    columns = {
-        "prompt_id": pa.array(rows.row_ids, pa.string()),
-        "place": pa.array(rows.places, pa.int64()),
-        "prompt_ids": ids(rows.prompts),
-        "target_ids": ids(rows.chosen),
-    }
-    pq.write_table(pa.table(columns).replace_schema_metadata({ROWS: digest}), path)
+    with pq.ParquetWriter(path, schema) as file:
+        for start in range(0, max(1, len(rows.row_ids)), ROWS_AT_A_TIME):
+            some = slice(start, start + ROWS_AT_A_TIME)
+            texts, places = pa.array(rows.row_ids[some], pa.string()), pa.array(rows.places[some], pa.int64())
+            arrays = [texts, places, ids(rows.prompts[some]), ids(rows.chosen[some])]
+            file.write_table(pa.table(arrays, schema=schema))

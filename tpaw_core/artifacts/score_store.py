@@ -18,18 +18,19 @@ import uuid
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tpaw_core.data.tokens import Pair
+from tpaw_core.data.tokens import Pair, Some
 from tpaw_core.errors import TpawError
 from tpaw_core.workspace import files
 
 ENTRY = np.dtype([("key", "S16"), ("logp", "<f8")])
 ENTRIES_PER_FILE = 1 << 16  # at most this many new scores are lost when a process is killed
 logger = logging.getLogger(__name__)
-Scorer = Callable[[list[Pair]], Iterable[tuple[Sequence[int], Sequence[float]]]]
+Scorer = Callable[[Sequence[Pair]], Iterable[tuple[Sequence[int], Sequence[float]]]]
 
 
 def key(pair: Pair) -> bytes:
@@ -42,6 +43,19 @@ def keys(pairs: Sequence[Pair]) -> NDArray[np.bytes_]:
     return np.frombuffer(b"".join(map(key, pairs)), ENTRY["key"])
 
 
+class Request(NamedTuple):
+    """Pairs that are scored together, by their keys."""
+
+    named: NDArray[np.bytes_]  # [pairs]
+    asked: NDArray[np.bytes_]  # the distinct ones, sorted
+    first: NDArray[np.int64]  # where each of them is named first
+    where: NDArray[np.int64]  # [pairs] -> asked
+
+    @classmethod
+    def of(cls, named: NDArray[np.bytes_]) -> Request:
+        return cls(named, *np.unique(named, return_index=True, return_inverse=True))
+
+
 class ScoreStore:
     """Scores of one checkpoint under one setting, along one sequence of requests."""
 
@@ -51,30 +65,29 @@ class ScoreStore:
         self._files: list[NDArray[np.void]] = []
 
     def scores(
-        self, pairs: Sequence[Pair], score: Scorer, named: NDArray[np.bytes_] | None = None
+        self, pairs: Sequence[Pair], score: Scorer, request: Request | None = None
     ) -> tuple[NDArray[np.float64], int]:
         """The score of each pair, and how many were computed now.
 
         ``score`` is called with the distinct new pairs, if there are any, and yields (positions, scores).
-        ``named`` is `keys(pairs)` where the caller has it.
+        ``request``: that of ``pairs``, where the caller has it.
         """
-        named = keys(pairs) if named is None else named
+        named, asked, first, where = request or Request.of(keys(pairs))
         self._requests.update(named.tobytes() + b"end of a request")
         folder = self._root / self._requests.hexdigest()[:32]
         self._files += _whole(folder)
-        asked, first, where = np.unique(named, return_index=True, return_inverse=True)
         values = np.full(len(asked), np.nan)
         new = np.ones(len(asked), bool)
-        for file in self._files:
-            place = np.searchsorted(file["key"], asked).clip(max=len(file) - 1)
-            hit = file["key"][place] == asked
-            values[hit] = file["logp"][place[hit]]
-            new &= ~hit
+        for file in self._files:  # each is small, and looked up in what is asked
+            place = np.searchsorted(asked, file["key"]).clip(max=len(asked) - 1)
+            hit = asked[place] == file["key"]
+            values[place[hit]] = file["logp"][hit]
+            new[place[hit]] = False
         missing = np.flatnonzero(new)
         if len(missing):
             missing = missing[np.argsort(first[missing])]  # in the order of the pairs
             waiting: list[NDArray[np.int64]] = []
-            for positions, found in score([pairs[i] for i in first[missing]]):
+            for positions, found in score(Some(pairs, first[missing])):
                 waiting.append(missing[np.asarray(positions)])
                 values[waiting[-1]] = found
                 if sum(map(len, waiting)) >= ENTRIES_PER_FILE:

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpaw_core.artifacts.parquet import ENCODED, readable, refuse_other_rows
+from tpaw_core.artifacts.parquet import ENCODED, add_ids, opened, readable, refuse_other_rows
 from tpaw_core.data.rows import Row
 from tpaw_core.data.tokens import TokenRows
 from tpaw_core.errors import TpawError
@@ -75,17 +75,13 @@ def read_responses(path: Path, row_ids: list[str], digest: str | None = None) ->
     Raises TpawError where a row is missing, or the file belongs to other encoded rows than those with ``digest``.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    path = files.need(path, records.RESTORE)
-    with readable(path):
-        table = pq.read_table(path, columns=["prompt_id", "rejected_ids"]).combine_chunks()
-        ids = table["rejected_ids"].combine_chunks()
-        if ids.null_count or not pa.types.is_list(ids.type) or not pa.types.is_integer(ids.type.value_type):
-            raise ValueError("rejected_ids is not a list of token ids in every row")
-        found = TokenRows.of(ids.values.to_numpy(), ids.offsets.to_numpy())
-        names = table["prompt_id"].cast(pa.string()).to_pylist()
-    refuse_other_rows(path, table.schema.metadata, digest, f"tpaw generate --iteration {path.stem}")
+    path, names, found = files.need(path, records.RESTORE), [], TokenRows()
+    with opened(path, ("prompt_id", "rejected_ids")) as (metadata, batches):
+        for batch in batches:
+            add_ids(found, batch["rejected_ids"], "rejected_ids")
+            names += batch["prompt_id"].cast(pa.string()).to_pylist()
+    refuse_other_rows(path, metadata, digest, f"tpaw generate --iteration {path.stem}")
     if names == row_ids:
         return found
     place = {name: number for number, name in enumerate(names)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast, get_args
 
-from tpaw_core.artifacts.parquet import ENCODED, readable, refuse_other_rows
+from tpaw_core.artifacts.parquet import ENCODED, readable, refuse_other_rows, texts
 from tpaw_core.config.params import Regime
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def read_weights(path: Path, players: int, digest: str | None = None) -> Weights
                 raise ValueError(f"{name} is not finite in every row")
             values.append(numbers.reshape(-1, players))
         refuse_other_rows(path, table.schema.metadata, digest, f"tpaw weights --iteration {path.stem}")
-        return Weights(table["prompt_id"].to_pylist(), table["opponent"].to_pylist(), *values)
+        return Weights(texts(table["prompt_id"]), texts(table["opponent"]), *values)
 
 
 def scored_in(path: Path) -> Regime | None:

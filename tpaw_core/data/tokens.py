@@ -28,13 +28,22 @@ class TokenRows(Sequence[Ids]):
     def of(cls, values: NDArray[np.int32], offsets: NDArray[np.int64]) -> TokenRows:
         """Row i is ``values[offsets[i]:offsets[i + 1]]``."""
         rows = cls()
-        rows._values.frombytes(np.ascontiguousarray(values, np.int32).tobytes())
-        rows._ends = array("q", np.ascontiguousarray(offsets, np.int64).tobytes())
+        rows.extend(values, offsets)
         return rows
+
+    def extend(self, values: NDArray[np.int32], offsets: NDArray[np.int64]) -> None:
+        """More rows, as `of` takes them: the first offset is 0, and what lies behind the last one is left out."""
+        ends = np.asarray(offsets[1:], np.int64) + len(self._values)
+        self._values.frombytes(np.ascontiguousarray(values[: offsets[-1]], np.int32).view(np.uint8).data)
+        self._ends.frombytes(ends.view(np.uint8).data)
 
     def append(self, row: Iterable[int]) -> None:
         self._values.extend(row)
         self._ends.append(len(self._values))
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.offsets)
 
     @property
     def values(self) -> NDArray[np.int32]:
@@ -48,7 +57,44 @@ class TokenRows(Sequence[Ids]):
         return len(self._ends) - 1
 
     def __getitem__(self, index: Any) -> Any:
-        """Row ``index`` as array("i")."""
-        if not 0 <= index < len(self):
+        """Row ``index`` as array("i"); a slice, without a step, as rows of their own."""
+        if isinstance(index, slice):
+            start, end, _ = index.indices(len(self))
+            offsets = self.offsets[start : max(start, end) + 1]
+            return TokenRows.of(self.values[offsets[0] :], offsets - offsets[0])
+        if index < 0:
             raise IndexError(index)
-        return self._values[self._ends[index] : self._ends[index + 1]]
+        return self._values[self._ends[index] : self._ends[index + 1]]  # raises IndexError behind the last row
+
+
+class Pairs(Sequence[Pair]):
+    """Each prompt with its response of the first rows, then of the second, and so on; made when it is asked for."""
+
+    def __init__(self, prompts: TokenRows, *responses: TokenRows) -> None:
+        self._prompts, self._responses, self._rows = prompts, responses, len(prompts)
+
+    def __len__(self) -> int:
+        return self._rows * len(self._responses)
+
+    def __getitem__(self, index: Any) -> Any:
+        if index < 0:
+            raise IndexError(index)
+        which, row = divmod(index, self._rows or 1)
+        return self._prompts[row], self._responses[which][row]
+
+    @property
+    def response_lengths(self) -> NDArray[np.int64]:
+        return np.concatenate([rows.lengths for rows in self._responses])
+
+
+class Some(Sequence[Pair]):
+    """The pairs at some places."""
+
+    def __init__(self, pairs: Sequence[Pair], places: NDArray[np.int64]) -> None:
+        self._pairs, self._places = pairs, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._pairs[int(self._places[index])]

@@ -12,6 +12,7 @@ from tpaw_core.artifacts.checkpoint import Base
 from tpaw_core.artifacts.encoded import read_encoded, read_encoding
 from tpaw_core.artifacts.training_log import write_log
 from tpaw_core.config.params import Optimisation
+from tpaw_core.data.tokens import Pairs
 from tpaw_core.launch.source import FromScratch, Source
 from tpaw_core.stages import members, storage
 from tpaw_core.stages.context import Context
@@ -67,7 +68,7 @@ def sft(context: Context) -> None:
                     partial(_learn, workspace.tokenizer.absolute(), params.model.max_length),
                     settings,
                     on_log,
-                    rows=list(zip(encoded.prompts, encoded.chosen, strict=True)),
+                    rows=Pairs(encoded.prompts, encoded.chosen),
                     pad_id=encoding.pad_id,
                     seed=params.seed,
                     state=state.absolute(),

@@ -12,6 +12,7 @@ from tpaw_core.artifacts.synthetic import read_responses
 from tpaw_core.artifacts.team import Member, answers, read_team
 from tpaw_core.artifacts.training_log import write_log
 from tpaw_core.artifacts.weights import read_weights, scored_in
+from tpaw_core.data.tokens import Pairs
 from tpaw_core.errors import TpawError
 from tpaw_core.method import early_warnings
 from tpaw_core.stages import storage
@@ -58,7 +59,7 @@ def train(context: Context, iteration: int) -> None:
         made_from, team = [*context.rows], []
         learn: Any = loop.sft
         if objective.name == "sft":
-            own: dict[str, Any] = {"rows": list(zip(encoded.prompts, encoded.chosen, strict=True))}
+            own: dict[str, Any] = {"rows": Pairs(encoded.prompts, encoded.chosen)}
         else:
             learn = loop.self_play
             own = {"groups": _groups(context, iteration, encoded, objective), "objective": objective}

@@ -8,19 +8,22 @@ from typing import TYPE_CHECKING, Any
 from tpaw_core.artifacts import checkpoint
 from tpaw_core.artifacts.encoded import read_encoding
 from tpaw_core.artifacts.synthetic import read_responses
-from tpaw_core.artifacts.team import Team, answers, read_team
+from tpaw_core.artifacts.team import Member, Team, answers, read_team
 from tpaw_core.artifacts.weights import Weights, write_weights
+from tpaw_core.data.tokens import Pairs
 from tpaw_core.errors import Diverged, TpawError
 from tpaw_core.stages.context import Context
 from tpaw_core.stages.members import Members
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
     from tpaw_core.config.params import Regime
     from tpaw_core.data.encoding import EncodedRows
-    from tpaw_core.data.tokens import Pair
+    from tpaw_core.data.tokens import Pair, TokenRows
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +64,7 @@ def weights(context: Context, iteration: int) -> None:
 
 def _scores(
     context: Context, team: Team, encoded: EncodedRows, pad_id: int, regime: Regime
-) -> tuple[list[Pair], NDArray[np.float64], int]:
+) -> tuple[Pairs, NDArray[np.float64], int]:
     """The pairs of targets, then of each opponent's answers; their scores [pairs, judges]; how many were computed."""
     import numpy as np
 
@@ -75,34 +78,38 @@ def _scores(
     members = Members(context, "bfloat16" if regime in ("bfloat16_base", "bfloat16_weights") else "float32")
     how: Any = {"pad_id": pad_id, "bf16": regime == "bfloat16"}
     machine = context.params.machine
+
+    def read(opponent: Member) -> tuple[TokenRows, NDArray[np.bytes_]]:
+        rows = read_responses(answers(workspace, opponent), encoded.row_ids, digest)
+        return rows, score_store.keys(Pairs(encoded.prompts, rows))
+
     stores = [score_store.ScoreStore(workspace.scores, member.digest, settings) for member in team.judges]
+    targets = score_store.keys(Pairs(encoded.prompts, encoded.chosen))
+    played: dict[Member, tuple[TokenRows, NDArray[np.bytes_]]] = {}  # an opponent's answers and their keys
     # A player's earlier requests are repeated first, so that what is computed now has the same bytes as then.
     for earlier in range(team.judges[-1].iteration + 1, team.iteration + 1):
         then = read_team(workspace, earlier)
-        pairs = list(zip(encoded.prompts, encoded.chosen, strict=True))
-        for opponent in then.members:
-            played = read_responses(answers(workspace, opponent), encoded.row_ids, digest)
-            pairs += zip(encoded.prompts, played, strict=True)
-        keys, columns = score_store.keys(pairs), []
+        played = {member: played.get(member) or read(member) for member in then.members}
+        rows, keys = zip(*played.values(), strict=True)
+        pairs = Pairs(encoded.prompts, encoded.chosen, *rows)
+        request, columns = score_store.Request.of(np.concatenate([targets, *keys])), []
         for member, store in zip(team.judges, stores, strict=True):
             if member.digest not in [judge.digest for judge in then.judges]:
                 continue
 
-            def score(new: list[Pair], player: int = member.iteration) -> Any:
+            def score(new: Sequence[Pair], player: int = member.iteration) -> Any:
                 if machine.world_size == 1:
                     return scoring.batches(members.load(player), new, **how)
                 sharded = context.params.training.sharded
                 return ranked.batches(machine, workspace.state, members.source(player), new, sharded=sharded, **how)
 
-            values, new = store.scores(pairs, score, keys)
+            values, new = store.scores(pairs, score, request)
             columns.append(values)
             scored += new
     return pairs, np.array(columns).T, scored
 
 
-def _weights(
-    context: Context, team: Team, encoded: EncodedRows, pairs: list[Pair], table: NDArray[np.float64]
-) -> Weights:
+def _weights(context: Context, team: Team, encoded: EncodedRows, pairs: Pairs, table: NDArray[np.float64]) -> Weights:
     import numpy as np
 
     from tpaw_core.method.lengths import by_length
@@ -117,7 +124,7 @@ def _weights(
     objective = context.params.objective_at(team.iteration)
     judged = table
     if objective.per_token:
-        lengths = np.array([len(response) for _, response in pairs])
+        lengths = pairs.response_lengths.astype(np.float64)
         judged = by_length(table, lengths[:, None], lengths[:rows].mean())
     targets = np.tile(judged[:rows], (opponents, 1))
     beta = player_weights(targets, judged[rows:], gamma=objective.gamma, scale=objective.lambda_)
