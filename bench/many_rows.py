@@ -150,10 +150,10 @@ def _formula() -> Iterator[None]:
     def packer(model: Any, groups: Any, pad_id: int) -> Iterator[Callable[..., Pack]]:
         for _ in groups:
             pass
+        model.forward = lambda pack: -0.5 * torch.tensor(pack.lengths)
         yield lambda groups: Pack(lengths=[len(response) for _, responses in groups for response in responses])
 
     scoring.packer = packer  # type: ignore[assignment]
-    scoring.response_logps = lambda model, pack: -0.5 * torch.tensor(pack.lengths)  # type: ignore[assignment]
     yield
 
 

@@ -33,9 +33,11 @@ def batches(
     ``bf16`` computes as training with bf16 does. What is computed together does not depend on how many ranks there are.
     """
     members: dict[bytes, list[int]] = {}
-    for index, (prompt, _) in enumerate(pairs):
+    lengths = []  # of responses
+    for index, (prompt, response) in enumerate(pairs):
         members.setdefault(np.asarray(prompt, np.int32).tobytes(), []).append(index)
-    cost = {ids: len(pairs[own[0]][0]) + sum(len(pairs[i][1]) for i in own) for ids, own in members.items()}
+        lengths.append(len(response))
+    cost = {ids: len(ids) // 4 + sum(lengths[i] for i in own) for ids, own in members.items()}
     shortest = sorted(cost, key=cost.__getitem__)
     found = [members[ids] for ids in shortest]
 
