@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tpaw_core.artifacts import checkpoint, pretrained
+from tpaw_core.artifacts import adapters, checkpoint, pretrained
+from tpaw_core.config.params import Lora
 from tpaw_core.errors import TpawError
 
 SIZES = {
@@ -214,3 +215,23 @@ def test_a_tokenizer_that_cannot_be_loaded_is_one_message(tmp_path: Path) -> Non
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(TpawError, match=rf"^model '{tmp_path}': cannot be loaded\."):
         checkpoint.load_tokenizer(tmp_path)
+
+
+def test_a_model_that_is_spread_computes_as_one_that_is_not(tmp_path: Path) -> None:
+    """With an adapter too. Here all layers come to one device."""
+    save(tmp_path)
+    ids, found = torch.tensor([[3, 4, 5, 6]]), []
+    for device in ("cpu", pretrained.SPREAD):
+        model = pretrained.load_model(tmp_path, dtype="float32", device=device)
+        with torch.no_grad():
+            plain = model(ids).logits
+            adapters.attach(model, Lora(r=2), seed=1)
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(0.1)
+            found.append((plain, model(ids).logits))
+        assert not model.training
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert not torch.equal(*found[0])
+    if not torch.cuda.is_available():
+        assert pretrained.roomy_device(tmp_path, None, "bfloat16") == "cpu"

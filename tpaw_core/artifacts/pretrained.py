@@ -39,6 +39,19 @@ def load_config(source: str | Path, revision: str | None = None) -> Any:
     return config
 
 
+SPREAD = "auto"  # a device: layer after layer on all accelerators of this machine
+
+
+def roomy_device(source: str | Path, revision: str | None, dtype: str) -> str:
+    """Where a whole model has room in ``dtype``: on one accelerator or, if that is too small, spread over all."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    size = load_empty(source, revision).num_parameters() * getattr(torch, dtype).itemsize
+    return SPREAD if size > 0.8 * torch.cuda.mem_get_info()[1] and torch.cuda.device_count() > 1 else "cuda"
+
+
 class Sharding(NamedTuple):
     """How a model's weights are divided among processes, by FSDP2."""
 
@@ -76,8 +89,10 @@ def need_divisible(model: PreTrainedModel, ranks: int, *, frozen: bool) -> None:
 def load_model(
     source: str | Path, revision: str | None = None, *, dtype: str, device: str, sharding: Sharding | None = None
 ) -> PreTrainedModel:
-    """The model in evaluation mode; with ``sharding``, this process's share. Raises TpawError where it cannot be
-    loaded, or not completely."""
+    """The model in evaluation mode; with ``sharding``, this process's share. ``device`` may be SPREAD.
+
+    Raises TpawError where it cannot be loaded, or not completely.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
@@ -87,6 +102,8 @@ def load_model(
         divided["distributed_config"] = DistributedConfig(
             fsdp_size=sharding.ranks, fsdp_mixed_precision=sharding.bfloat16, fsdp_cpu_offload=sharding.cpu_offload
         )
+    elif device == SPREAD:
+        divided["device_map"] = SPREAD
     load_config(source, revision)
     with _one_message(source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -113,7 +130,7 @@ def load_model(
                 )
         if hasattr(model.config, "rescale_every"):  # RWKV would divide its weights in place whenever it is evaluated
             model.config.rescale_every = 0
-        on_device: PreTrainedModel = model.eval() if sharding else model.to(device).eval()
+        on_device: PreTrainedModel = model.eval() if divided else model.to(device).eval()
     return on_device
 
 

@@ -37,7 +37,7 @@ def evaluate(context: Context, iteration: int) -> None:
             for name in tasks
         }
         results = harness.evaluate(
-            Members(context, precision.of_generation(params.generation.dtype)).load(iteration),
+            Members(context, precision.of_generation(params.generation.dtype)).load(iteration, spread=True),
             checkpoint.load_tokenizer(folder),
             held,
             params.evaluation,

@@ -133,17 +133,18 @@ class Members:
         own = None if adapter is None else adapter.absolute()
         return Source(source, revision, self._dtype, is_base=True, adapter=own, name=name)
 
-    def load(self, iteration: int) -> PreTrainedModel:
+    def load(self, iteration: int, *, spread: bool = False) -> PreTrainedModel:
         """In evaluation mode. One object for all members on one base: it computes as the member loaded last.
 
-        Raises TpawError as `source`.
+        ``spread``: over all accelerators, where one is too small. Raises TpawError as `source`.
         """
         source = self.source(iteration)
+        device = pretrained.roomy_device(source.place, source.revision, source.dtype) if spread else None
         if not source.is_base:
-            return source.load()
+            return source.load(device=device)
         if self._base is None or self._loaded != (source.place, source.revision):
             self._base = None  # before there are two
-            self._base, self._loaded = source.load_base(), (source.place, source.revision)
+            self._base, self._loaded = source.load_base(device=device), (source.place, source.revision)
         adapters.use(self._base, source.adapter, source.name)
         return self._base
 
