@@ -1,5 +1,5 @@
-"""Memory: what one process holds while it trains. Weights, gradients and optimiser state are counted, activations
-estimated from the shape of a Llama-like model.
+"""Memory: what one process holds while it trains. Weights, gradients and optimiser state are counted; what comes and
+goes is estimated, activations from the shape of a Llama-like model.
 
 Knows configs and settings; must not know devices, stages or files.
 """
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Bytes per parameter that an optimiser keeps beside float32 weights and gradients.
 STATES = {"adamw_torch_8bit": 2, "adamw": 8, "adam": 8, "rmsprop": 4, "adagrad": 4, "sgd": 0, "lion": 4, "adafactor": 1}
+ALL_AT_ONCE = ("adamw_torch", "rmsprop", "adagrad")  # torch steps all weights together, with a copy of all of them
 
 
 class Plan(NamedTuple):
@@ -24,7 +25,7 @@ class Plan(NamedTuple):
     gradients: int
     states: int
     gathered: int  # of divided weights: two layers, and the embedding or output projection
-    activations: int  # about; 0 for a shape that is not known
+    passing: int  # about: of activations and casts in a pass, or of copies in an optimiser's step, what is more
 
     @property
     def certain(self) -> int:
@@ -32,7 +33,7 @@ class Plan(NamedTuple):
 
     @property
     def total(self) -> int:
-        return self.certain + self.activations
+        return self.certain + self.passing
 
 
 def plan(model: PreTrainedModel, adapter: int | None, settings: Optimisation, *, ranks: int, bf16: bool) -> Plan:
@@ -52,8 +53,11 @@ def plan(model: PreTrainedModel, adapter: int | None, settings: Optimisation, *,
     weights, gradients, states = frozen + 4 * trained, 4 * trained, state * trained
     if settings.cpu_offload:
         weights = gradients = states = 0
-    casts = 2 * trained if bf16 and not settings.sharded and not settings.activation_checkpointing else 0
-    return Plan(weights, gradients, states, gathered, _activations(model, settings, 2 if coarse else 4) + casts)
+    plain = adapter is None and not settings.sharded
+    casts = 2 * trained if bf16 and plain else 0  # autocast keeps them until the forward pass has ended
+    step = 4 * trained if settings.optim in ALL_AT_ONCE and plain else 0
+    activations = _activations(model, settings, 2 if coarse else 4)
+    return Plan(weights, gradients, states, gathered, max(activations + casts, step))
 
 
 def _gathered(model: PreTrainedModel) -> int:

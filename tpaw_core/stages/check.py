@@ -165,9 +165,9 @@ def _memory(context: Context, model: Any, adapter: Path | None, problems: Proble
     cuda = torch.cuda.is_available()
     has = torch.cuda.mem_get_info()[1] if cuda else psutil.virtual_memory().total // machine.processes
     where = "its accelerator" if cuda else "it"
+    of_adapter = None if params.lora is None else adapters.parameters(model, params.lora, adapter)
     for section, settings in _trained(context).items():
-        lora = params.lora if section == "training" or params.model.model_name_or_path is not None else None
-        own = None if lora is None else adapters.parameters(model, lora, adapter)
+        own = of_adapter if section == "training" or params.model.model_name_or_path is not None else None
         plan = memory.plan(model, own, settings, ranks=machine.world_size, bf16=bool(settings.bf16))
         parts = ", ".join(f"{name} {readable(size)}" for name, size in plan._asdict().items() if size)
         logger.info("memory of each process in %s: about %s (%s); %s has %s", section, readable(plan.total), parts,
