@@ -123,8 +123,8 @@ def known(context: Context) -> None:
     """The same weights with all scores in the store."""
     from tpaw_core.stages.weights import weights
 
-    with _formula():
-        weights(context, MEMBERS)
+    _score_by_a_formula()
+    weights(context, MEMBERS)
 
 
 def train(context: Context) -> None:
@@ -135,8 +135,7 @@ def train(context: Context) -> None:
     train(context, MEMBERS)
 
 
-@contextmanager
-def _formula() -> Iterator[None]:
+def _score_by_a_formula() -> None:
     """Scores by the number of tokens; how pairs are brought together stays as it is."""
     import torch
 
@@ -154,7 +153,6 @@ def _formula() -> Iterator[None]:
         yield lambda groups: Pack(lengths=[len(response) for _, responses in groups for response in responses])
 
     scoring.packer = packer  # type: ignore[assignment]
-    yield
 
 
 STAGES = {

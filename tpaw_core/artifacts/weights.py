@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 
 from tpaw_core.artifacts.parquet import ENCODED, readable, refuse_other_rows, texts
 from tpaw_core.config.params import Regime
@@ -45,11 +45,14 @@ def read_weights(path: Path, players: int, digest: str | None = None) -> Weights
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    def read(name: str) -> Any:
+        return pq.read_table(path, columns=[name])[name]
+
     values = []
     with readable(path):
-        table = pq.read_table(path, columns=["prompt_id", "opponent", *NUMBERS])
-        for name in NUMBERS:
-            column = table[name].combine_chunks()
+        refuse_other_rows(path, pq.read_schema(path).metadata, digest, f"tpaw weights --iteration {path.stem}")
+        for name in NUMBERS:  # one after the other: together they take several times the memory
+            column = read(name).combine_chunks()
             sound = pa.types.is_fixed_size_list(column.type) and pa.types.is_float64(column.type.value_type)
             if not sound or column.type.list_size != players or column.null_count:
                 raise ValueError(f"{name} is not one number for each of {players} players")
@@ -57,8 +60,7 @@ def read_weights(path: Path, players: int, digest: str | None = None) -> Weights
             if not np.isfinite(numbers).all():
                 raise ValueError(f"{name} is not finite in every row")
             values.append(numbers.reshape(-1, players))
-        refuse_other_rows(path, table.schema.metadata, digest, f"tpaw weights --iteration {path.stem}")
-        return Weights(texts(table["prompt_id"]), texts(table["opponent"]), *values)
+        return Weights(texts(read("prompt_id")), texts(read("opponent")), *values)
 
 
 def scored_in(path: Path) -> Regime | None:
