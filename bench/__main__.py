@@ -15,6 +15,7 @@ LAPTOP = (
     "iteration",
     "flops --shape wide --dtype bf16",
     "growth --shape long",
+    "many_rows --repeats 1",
     "overhead",
     "sums",
     "sums --parts 4",
