@@ -26,21 +26,23 @@ GROUPS = [(list(group.prompt_ids), [list(group.chosen_ids), *group.rejected_ids]
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     home = tmp_path_factory.mktemp("models")
-    return {name: str(ranks.save_model(home / name, tied=name == "tied")) for name in ("tied", "untied")}
+    found = {name: str(ranks.save_model(home / name, tied=name == "tied")) for name in ("tied", "untied")}
+    return {**found, "phi": str(ranks.save_phi(home / "phi"))}
 
 
 @pytest.fixture(scope="module")
 def found(places: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     sources = {name: (Source(place), Sharding(2)) for name, place in places.items()}
-    sources["policy"] = Source(places["untied"]), Sharding(2, frozen=False, bfloat16=True)
-    sources["bfloat16"] = Source(places["untied"], dtype="bfloat16"), Sharding(2)
+    for name in ("untied", "phi"):
+        sources[f"{name}, policy"] = Source(places[name]), Sharding(2, frozen=False, bfloat16=True)
+        sources[f"{name}, bfloat16"] = Source(places[name], dtype="bfloat16"), Sharding(2)
     with launcher.folder(tmp_path_factory.mktemp("home")) as folder:
         for _ in launcher.run(TWO, folder, partial(ranks.probe, sources, GROUPS)):
             pass
         return dict(json.loads((folder / "found.json").read_text()))
 
 
-@pytest.mark.parametrize("name", ["tied", "untied"])
+@pytest.mark.parametrize("name", ["tied", "untied", "phi"])
 def test_a_divided_model_has_the_log_probabilities_and_gradients_of_a_whole_one(
     name: str, places: dict[str, str], found: dict[str, Any]
 ) -> None:
@@ -52,11 +54,12 @@ def test_a_divided_model_has_the_log_probabilities_and_gradients_of_a_whole_one(
             torch.testing.assert_close(torch.tensor(ours[key]), torch.tensor(value), rtol=1e-5, atol=1e-6)
 
 
-def test_a_policy_that_gathers_bfloat16_equals_bfloat16_weights_bit_for_bit(found: dict[str, Any]) -> None:
-    policy, frozen = found["policy"], found["bfloat16"]
+@pytest.mark.parametrize("name", ["untied", "phi"])
+def test_a_policy_that_gathers_bfloat16_equals_bfloat16_weights_bit_for_bit(name: str, found: dict[str, Any]) -> None:
+    policy, frozen = found[f"{name}, policy"], found[f"{name}, bfloat16"]
     assert policy["logps"] == frozen["logps"]
     assert policy["dtype"] == frozen["dtype"] == "torch.float32"
-    assert policy["logps"] != found["untied"]["logps"]
+    assert policy["logps"] != found[name]["logps"]
 
 
 def test_all_layers_of_a_pass_share_one_index(found: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM, set_seed
 
 from tpaw_core.config.params import Machine, Objective, Optimisation
 from tpaw_core.engine import attention, ranks
@@ -27,22 +27,28 @@ VOCABULARY = 98
 TWO = Machine(processes=2)
 
 
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+}
+
+
 def save_model(folder: Path, *, tied: bool) -> Path:
     set_seed(1)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=tied,
-            eos_token_id=1,
-            pad_token_id=0,
-            bos_token_id=None,
-        )
-    ).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=tied, **SHAPE)).save_pretrained(folder)
+    return folder
+
+
+def save_phi(folder: Path) -> Path:
+    """Its output projection has a bias, and is not gathered with the last norm."""
+    set_seed(1)
+    PhiForCausalLM(PhiConfig(vocab_size=VOCABULARY + 1, **SHAPE)).save_pretrained(folder)
     return folder
 
 

@@ -111,21 +111,24 @@ def _by_logits(model: PreTrainedModel, pack: Pack) -> Tensor:
 def _by_hidden(model: PreTrainedModel, pack: Pack) -> Tensor:
     hidden = model.base_model(**pack.inputs, use_cache=False).last_hidden_state
     head, config = model.get_output_embeddings(), model.config.get_text_config()
-    # Gathered with the last norm where weights are divided, as transformers' own plans have it.
-    return token_logps(
-        hidden.flatten(0, 1).index_select(0, pack.source),
-        _whole(head.weight),
-        pack.target,
-        bias=None if head.bias is None else _whole(head.bias),
-        scale=_scale(config),
-        cap=getattr(config, "final_logit_softcapping", None),
-    )
 
+    def project(hidden: Tensor) -> Tensor:
+        return token_logps(
+            hidden,
+            head.weight,
+            pack.target,
+            bias=head.bias,
+            scale=_scale(config),
+            cap=getattr(config, "final_logit_softcapping", None),
+        )
 
-def _whole(weight: Any) -> Tensor:
-    """Of divided weights that were not gathered: all of them."""
-    found: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-    return found
+    # Its own call, not its weight alone: where weights are divided, that gathers them and adds up their gradients.
+    head.forward = project
+    try:
+        tokens: Tensor = head(hidden.flatten(0, 1).index_select(0, pack.source))
+    finally:
+        del head.forward
+    return tokens
 
 
 def _scale(config: Any) -> float:
