@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM, set_seed
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    set_seed,
+)
 
 from tpaw_core.config.params import Machine, Objective, Optimisation
 from tpaw_core.engine import attention, ranks
@@ -49,6 +57,13 @@ def save_phi(folder: Path) -> Path:
     """Its output projection has a bias, and is not gathered with the last norm."""
     set_seed(1)
     PhiForCausalLM(PhiConfig(vocab_size=VOCABULARY + 1, **SHAPE)).save_pretrained(folder)
+    return folder
+
+
+def save_nemotron(folder: Path) -> Path:
+    """Untied; a pass with packed attention breaks off in its first layer."""
+    set_seed(1)
+    NemotronForCausalLM(NemotronConfig(vocab_size=VOCABULARY + 1, **SHAPE)).save_pretrained(folder)
     return folder
 
 

@@ -56,6 +56,7 @@ def _way(model: PreTrainedModel, groups: Iterable[PromptGroup], pad_id: int) -> 
         name = next((way for way in ways if _agrees(model, way, expected, by_logits)), "")
         reason = None if name else "its attention does not allow it"
     if reason is not None:
+        _model_logps(model, pad_id)  # a pass that failed half-way left divided weights gathered; this one is whole
         logger.info("%s: prompts are not shared among responses, as %s", type(model).__name__, reason)
         yield lambda groups: packing.pad(groups, pad_id)._replace(by_logits=by_logits)
         return
@@ -69,9 +70,8 @@ PROBE: list[PromptGroup] = [([1, 2, 3], [[4, 5, 6], [7, 8]]), ([9, 3], [[2, 5, 4
 @torch.no_grad()
 def _plain_logps(model: PreTrainedModel, pad_id: int) -> tuple[Tensor, bool]:
     """PROBE's log-probabilities by the plain forward pass, and whether only the model's own logits give them."""
-    plain = packing.pad(PROBE, pad_id).to(model.device)
+    expected = _model_logps(model, pad_id)
     with evaluating(model):
-        expected = model(plain._replace(by_logits=True))
         if not expected.isfinite().all():
             raise Diverged(
                 f"{type(model).__name__}: its log-probabilities in {str(model.dtype).removeprefix('torch.')} are not "
@@ -79,13 +79,20 @@ def _plain_logps(model: PreTrainedModel, pad_id: int) -> tuple[Tensor, bool]:
             )
         try:
             reason = _unknown_cap(model)
-            if reason is None and not _near(model, model(plain), expected):
+            if reason is None and not _near(model, model(packing.pad(PROBE, pad_id).to(model.device)), expected):
                 reason = "its hidden states and output projection do not give its logits"
         except Exception as error:  # whatever a model lacks here, its own forward pass has it
             reason = _first_line(error)
     if reason is not None:
         logger.info("%s: computing full logits, which takes more memory, because %s", type(model).__name__, reason)
     return expected, reason is not None
+
+
+@torch.no_grad()
+def _model_logps(model: PreTrainedModel, pad_id: int) -> Tensor:
+    with evaluating(model):
+        found: Tensor = model(packing.pad(PROBE, pad_id).to(model.device)._replace(by_logits=True))
+    return found
 
 
 def _unknown_cap(model: PreTrainedModel) -> str | None:

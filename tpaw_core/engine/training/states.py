@@ -35,6 +35,8 @@ class ResumableTrainer(Trainer):
         for module in cast(torch.nn.Module, self.model).modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+        if len({isinstance(parameter, DTensor) for _, parameter in self._trained()}) > 1:
+            raise RuntimeError(f"{type(self.model).__name__}: only some of its weights are divided")
         return super().create_optimizer(model)
 
     @property
