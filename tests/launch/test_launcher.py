@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from traceback import StackSummary
 
 import psutil
 import pytest
+from torch.distributed.checkpoint import CheckpointException
 
 from tests.support import ranks
 from tests.support.ranks import TWO
@@ -24,6 +27,11 @@ def refuse(folder: Path) -> None:
 
 def fail(folder: Path) -> None:
     raise KeyError("an error in the code")
+
+
+def fill(folder: Path) -> None:
+    """As torch.distributed.checkpoint says it."""
+    raise CheckpointException("write", {0: (OSError(errno.ENOSPC, "No space left on device"), StackSummary())})
 
 
 def waiting(home: Path, then: Callable[[list[int], psutil.Process], None]) -> list[int]:
@@ -80,6 +88,18 @@ def test_a_refusal_on_a_rank_is_the_stages_and_an_error_of_the_code_is_not_retri
         list(launcher.run(TWO, folder, refuse))
     with launcher.folder(tmp_path) as folder, pytest.raises(RuntimeError, match="an error in the code"):
         list(launcher.run(TWO, folder, fail))
+    with launcher.folder(tmp_path) as folder, pytest.raises(TpawError, match="the disk is full") as error:
+        list(launcher.run(TWO, folder, fill))
+    assert error.value.exit_status == 1
+
+
+def test_a_rank_that_has_no_room_to_say_that_the_disk_is_full(small_disk: Path) -> None:
+    place = small_disk / "launch" / "place"
+    place.mkdir(parents=True)
+    (small_disk / "rest").write_bytes(bytes(3 << 19))
+    (place / launcher.FAILED.format(rank=0)).touch()
+    with pytest.raises(TpawError, match="the disk is full"):
+        raise launcher._failure(TWO, place, 1)
 
 
 def test_the_words_that_start_a_job_come_before_the_workers() -> None:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 from tpaw_core import errors
 from tpaw_core.config.params import Machine
 from tpaw_core.errors import TpawError, Unavailable
+from tpaw_core.workspace import files
 
 logger = logging.getLogger(__name__)
 REQUEST, DONE, FAILED = "request.pickle", "done-{rank}", "failed-{rank}.json"
@@ -146,7 +147,8 @@ def _failure(machine: Machine, place: Path, code: int) -> Exception:
     for told in found:
         if told["kind"] != "lost":
             return RuntimeError(f"rank {told['rank']}: {told['message']}")
-    return Unavailable(
+    lost = (
         f"a process of {machine.world_size} was lost (the launcher ended with status {code}); run the same command "
         "again: it resumes from the last saved state. If it happens again, look for what ended it, such as memory"
     )
+    return files.disk_full(RuntimeError(lost), place.parent) or Unavailable(lost)  # a rank may not have had room to say

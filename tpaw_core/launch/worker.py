@@ -22,6 +22,7 @@ from tpaw_core.engine import ranks
 from tpaw_core.errors import TpawError
 from tpaw_core.launch.launcher import ALIVE, BEAT, DONE, FAILED, GONE, REQUEST, Request
 from tpaw_core.processes import parent
+from tpaw_core.workspace import files
 
 PEER = ("gloo", "nccl", "connection", "socket", "timed out")  # words of an error that another rank's end causes
 
@@ -46,7 +47,7 @@ def main(folder: Path) -> None:
         request.work(folder)
         (folder / DONE.format(rank=ranks.rank())).touch()
         ranks.barrier()
-    except Exception as error:
+    except BaseException as error:  # torch.distributed.checkpoint's is no Exception
         _write(folder, error)
         raise
     dist.destroy_process_group()
@@ -63,18 +64,20 @@ def _exit_with_stage(alive: Path) -> None:
     os._exit(1)
 
 
-def _write(folder: Path, error: Exception) -> None:
+def _write(folder: Path, error: BaseException) -> None:
     number = ranks.rank()
     kind, message = type(error).__name__, str(error)
-    if not isinstance(error, TpawError):
+    if not isinstance(error, TpawError) and (told := files.explanation(error, folder.parent)) is not None:
+        kind, message = TpawError.__name__, told
+    elif not isinstance(error, TpawError):
         lost = isinstance(error, dist.DistError) or any(word in message.lower() for word in PEER)
         kind, message = ("lost" if lost else "other"), traceback.format_exc()
-    told = {"rank": number, "kind": kind, "message": message}
-    (folder / FAILED.format(rank=number)).write_text(json.dumps(told), encoding="utf-8")
+    found = {"rank": number, "kind": kind, "message": message}
+    (folder / FAILED.format(rank=number)).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]))
-    except Exception:
+    except BaseException:
         os._exit(1)  # without the traceback that the stage prints, and without waiting for other ranks

@@ -72,7 +72,7 @@ def _cannot_be_written(target: Path) -> Iterator[None]:
         raise TpawError(f"{what}; free up space or fix the permissions") from None
 
 
-def disk_full(error: Exception, folder: Path) -> TpawError | None:
+def disk_full(error: BaseException, folder: Path) -> TpawError | None:
     """A message for an error that a full disk caused: libraries raise errors of their own that do not say so."""
     full = os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(folder).free < 1 << 20
     if isinstance(error, TpawError) or not full:
@@ -84,7 +84,7 @@ def disk_full(error: Exception, folder: Path) -> TpawError | None:
     )
 
 
-def explanation(error: Exception, folder: Path) -> str | None:
+def explanation(error: BaseException, folder: Path) -> str | None:
     """What to tell the user instead of a traceback; None where only a traceback can help."""
     if isinstance(error, TpawError):
         return str(error)
