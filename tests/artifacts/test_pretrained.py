@@ -180,6 +180,14 @@ def test_whatever_is_raised_gets_a_remedy(
         pretrained.load_config("some/name")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without an accelerator")
+def test_nothing_can_be_offloaded_where_there_is_no_accelerator(tmp_path: Path) -> None:
+    save(tmp_path, "llama", vocab_size=32, hidden_size=32, num_hidden_layers=1)
+    sharding = pretrained.Sharding(2, cpu_offload=True)
+    with pytest.raises(TpawError, match="cpu_offload: there is no accelerator here"):
+        pretrained.load_model(tmp_path, dtype="float32", device="cpu", sharding=sharding)
+
+
 def test_rwkv_is_not_saved_with_the_weights_that_evaluation_divides(tmp_path: Path) -> None:
     sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 7, "context_length": 64}
     before = save(tmp_path, "rwkv", **sizes).state_dict()

@@ -86,6 +86,14 @@ def need_divisible(model: PreTrainedModel, ranks: int, *, frozen: bool) -> None:
         )
 
 
+def need_accelerator() -> None:
+    """Raises TpawError where weights have nothing to be moved away from."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise TpawError("cpu_offload: there is no accelerator here, so all weights are in main memory; set it to false")
+
+
 def load_model(
     source: str | Path, revision: str | None = None, *, dtype: str, device: str, sharding: Sharding | None = None
 ) -> PreTrainedModel:
@@ -99,6 +107,8 @@ def load_model(
     divided: dict[str, Any] = {}
     if sharding is not None:
         need_divisible(load_empty(source, revision), sharding.ranks, frozen=sharding.frozen)
+        if sharding.cpu_offload:
+            need_accelerator()
         divided["distributed_config"] = DistributedConfig(
             fsdp_size=sharding.ranks, fsdp_mixed_precision=sharding.bfloat16, fsdp_cpu_offload=sharding.cpu_offload
         )

@@ -144,6 +144,8 @@ def _model(context: Context, tokenizer: Any, problems: Problems) -> None:
                 loop.need_checkpointing(model, settings)
                 if settings.sharded:
                     pretrained.need_divisible(model, params.machine.world_size, frozen=params.lora is not None)
+                if settings.cpu_offload and params.machine.launch is None:
+                    pretrained.need_accelerator()
         _resources(context, model, adapter, problems)
 
 
