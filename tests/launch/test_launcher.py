@@ -83,7 +83,10 @@ def test_what_ends_the_stage_ends_the_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_refusal_on_a_rank_is_the_stages_and_an_error_of_the_code_is_not_retried(tmp_path: Path) -> None:
+def test_a_refusal_on_a_rank_is_the_stages_and_an_error_of_the_code_is_not_retried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PET_NO_PYTHON", "1")  # as in a job of another torchrun
     with launcher.folder(tmp_path) as folder, pytest.raises(TpawError, match="the row is wrong"):
         list(launcher.run(TWO, folder, refuse))
     with launcher.folder(tmp_path) as folder, pytest.raises(RuntimeError, match="an error in the code"):

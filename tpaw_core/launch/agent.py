@@ -13,7 +13,7 @@ from tpaw_core.processes import parent
 
 if __name__ == "__main__":
     parent.exit_with_parent()
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    logging.disable()
     try:
         run.main(["--standalone", *sys.argv[1:]])
     except (ChildFailedError, SignalException):

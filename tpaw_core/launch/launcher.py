@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 REQUEST, DONE, FAILED = "request.pickle", "done-{rank}", "failed-{rank}.json"
 POLL = 0.2  # seconds
 PATIENCE = 3  # seconds that processes have to end by themselves
+# Accelerate's settings would divide the model a second time; with another torchrun's, ours would wait for its hosts.
+FOREIGN = ("ACCELERATE_", "PET_", "TORCHELASTIC_")
 Work = Callable[[Path], None]  # what a rank does; it gets the folder in which the stage looks for results
 
 
@@ -72,8 +74,8 @@ def run(machine: Machine, place: Path, work: Work) -> Iterator[None]:
     ended = threading.Event()
     if machine.launch is not None:
         threading.Thread(target=_beat, args=(place / ALIVE, ended), daemon=True).start()
-    # A user's settings of accelerate would divide the model a second time.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    foreign = FOREIGN if machine.launch is None else FOREIGN[:1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // machine.processes)))
     process = subprocess.Popen(
         [*command(machine), str(place)],
