@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
@@ -38,6 +39,15 @@ class StageFailed(RuntimeError):
 
 class LockDamaged(StageFailed):
     """DVC cannot read dvc.lock."""
+
+
+def can_help(task: Any, run: Any, state: Any) -> bool:
+    """Retry if the failure may be temporary, not if the stage rejected its input."""
+    error = state.result(raise_on_failure=False)
+    return not isinstance(error, StageFailed) or error.temporary
+
+
+RETRY: dict[str, Any] = {"retries": 2, "retry_delay_seconds": [5, 30], "retry_condition_fn": can_help}
 
 
 def repro(stage: str, iteration: int = 0, *, force: bool = False) -> bool:

@@ -18,6 +18,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from flows import dvc
+from flows.dvc import RETRY
 from tpaw_core import console
 from tpaw_core.artifacts.metrics import evaluated
 from tpaw_core.config import params_file
@@ -26,14 +27,6 @@ from tpaw_core.processes import direct
 from tpaw_core.report import table
 from tpaw_core.workspace.paths import Workspace
 
-
-def can_help(task: Any, run: Any, state: Any) -> bool:
-    """Retry if the failure may be temporary, not if the stage rejected its input."""
-    error = state.result(raise_on_failure=False)
-    return not isinstance(error, dvc.StageFailed) or error.temporary
-
-
-RETRY: dict[str, Any] = {"retries": 2, "retry_delay_seconds": [5, 30], "retry_condition_fn": can_help}
 WORKSPACE = Workspace()  # a flow run starts in its folder
 
 

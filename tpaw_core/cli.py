@@ -169,10 +169,13 @@ def compare(
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="The study's folder; default: studies/RECIPE.")] = None,
 ) -> None:
-    """Compare methods on a recipe over several seeds, with 95% intervals; finished runs are reused."""
+    """Compare methods on a recipe over several seeds, with 95% intervals; finished runs are reused.
+
+    The same command may run several times at once, also on machines that share this folder: they divide the work.
+    """
     from tpaw_core.processes import parent
     from tpaw_core.study import mlflow_runs, page, plan, results
-    from tpaw_core.study.run import run
+    from tpaw_core.study.run import one_writer, run
 
     parent.exit_with_parent()
     recipe, given = _apart(recipe, overrides)
@@ -187,9 +190,10 @@ def compare(
         folder=folder,
     )  # fmt: skip
     found = run(_workspace, planned, home)
-    page.write(planned, home, found)
     print("\n".join([page.table(planned, found), *(f"stopped: {why}" for why in results.failures(found.grid))]))
-    print(f"report: {home / 'report.html'}, MLflow run {mlflow_runs.record(_workspace, planned, home, found)}")
+    with one_writer(home):
+        page.write(planned, home, found)
+        print(f"report: {home / 'report.html'}, MLflow run {mlflow_runs.record(_workspace, planned, home, found)}")
 
 
 @app.command()

@@ -12,7 +12,7 @@ class TpawError(Exception):
 
 
 class Unavailable(TpawError):
-    """A service did not answer: the same command may succeed later."""
+    """A service did not answer, or a process was killed: the same command may succeed later."""
 
     exit_status = 75  # EX_TEMPFAIL
 

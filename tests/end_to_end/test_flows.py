@@ -22,6 +22,8 @@ from mlflow import MlflowClient
 
 from tests.support.workspace import BIN, COMMANDS, Project
 from tpaw_core.artifacts import checkpoint
+from tpaw_core.processes import health
+from tpaw_core.workspace.lease import lease
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +50,12 @@ class Served(Project):
             if path.name != ".tpaw" and not (path.parent.name == ".tpaw" and path.name in LIVING):
                 target = self.folder / path.relative_to(source.folder)
                 subprocess.run(["cp", "--archive", path, target], check=True)
+
+    def states(self, flow: str) -> dict[str, str]:
+        """The last runs of a flow that shared work: name and state."""
+        body = {"flows": {"name": {"any_": [flow]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 2}
+        answer = health.ask(f"{self.environment['PREFECT_API_URL']}/flow_runs/filter", json.dumps(body).encode())
+        return {run["name"]: run["state"]["type"] for run in json.loads(answer or "[]")}
 
     def worker_log(self) -> str:
         return (self.folder / ".tpaw" / "logs" / "worker.log").read_text()
@@ -168,18 +176,60 @@ def test_a_flow_makes_what_other_code_made_again_where_it_is_asked_to(served: Se
     assert served.lock() == before
 
 
-def test_a_study_runs_as_a_flow_and_ends_in_a_report(served: Served, client: MlflowClient) -> None:
+def study(seeds: str, **more: str) -> list[str]:
+    """The command that runs a study as a flow."""
     parameters = {
-        "methods": '["tpaw", "sft"]', "seeds": '"1"', "rates": '"1e-3"', "iterations": "1", "validation_rows": "6"
+        "methods": '["tpaw", "sft"]', "seeds": f'"{seeds}"', "rates": '"1e-3"', "iterations": "1",
+        "validation_rows": "6", **more,
     }  # fmt: skip
     given = [word for name, value in parameters.items() for word in ("--param", f"{name}={value}")]
+    return [str(BIN / "prefect"), "deployment", "run", "tpaw-compare/compare", "--watch", *given]
+
+
+def test_a_study_runs_as_a_flow_and_ends_in_a_report(served: Served, client: MlflowClient) -> None:
     start = len(served.worker_log())
-    served.run("prefect", "deployment", "run", "tpaw-compare/compare", "--watch", *given)
+    served.run(*study("1"))
     assert (served.folder / "studies" / "demo" / "report.html").exists()
     log = served.worker_log()[start:]
     assert "tuning seeds: 13/13 (100%)" in log
     assert "| tpaw | 0.001 |" in re.sub(" +", " ", log)
     assert client.get_experiment_by_name("tpaw-compare") is not None
+
+
+def test_a_study_on_two_workers_one_of_them_killed_gives_the_csv_files_of_one(
+    served: Served, client: MlflowClient
+) -> None:
+    alone, shared = (served.folder / "studies" / name for name in ("alone", "demo"))
+    asked = ["--method", "tpaw", "--method", "sft", "--seeds", "1-3", "--rates", "1e-3", "--iterations", "1"]
+    served.run("tpaw", "compare", *asked, "--validation-rows", "6", "--tuning-seeds", "3", "--folder", str(alone))
+    second = psutil.Popen(
+        [BIN / "prefect", "worker", "start", "--pool", "tpaw", "--type", "process", "--limit", "1"],
+        cwd=served.folder,
+        env={**served.environment, "MLFLOW_TRACKING_URI": client.tracking_uri, "PREFECT_WORKER_QUERY_SECONDS": "1"},
+        start_new_session=True,
+    )
+    watching = served.start(*study("1-3", tuning_seeds="3", workers="2"))
+    try:
+        while not _works_on_a_cell(second, shared):
+            assert watching.poll() is None, watching.communicate()
+            time.sleep(0.05)
+    finally:
+        for process in [second, *second.children(recursive=True)]:
+            process.kill()
+        second.wait()
+    _, said = watching.communicate()
+    while "RUNNING" in (states := served.states("tpaw-compare")).values():
+        time.sleep(0.2)
+    assert sorted(states.values()) == ["COMPLETED", "CRASHED"], said
+    assert sum(name.endswith(", worker 2 of 2") for name in states) == 1
+    for name in ("results.csv", "grid.csv", "steps.csv"):
+        assert (shared / name).read_bytes() == (alone / name).read_bytes(), name
+
+
+def _works_on_a_cell(worker: psutil.Process, folder: Path) -> bool:
+    own = {process.pid for process in worker.children(recursive=True)}
+    owners = [lease(path).owner for path in folder.glob("cells/*/*/*/.tpaw/cell.lease")]
+    return any(owner is not None and owner.pid in own for owner in owners)
 
 
 def test_a_refused_parameter_fails_the_flow_and_changes_nothing(served: Served) -> None:

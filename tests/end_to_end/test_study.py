@@ -32,7 +32,7 @@ SETTINGS = [
 OPTIONS = ["--seeds", "1-2", "--rates", "1e-3,1e-2"]
 OPTIONS += ["--iterations", "2", "--validation-rows", "8", "--tuning-seeds", "1"]
 METHODS = ["--method", "tpaw", "--method", "spin", "--method", "sft"]
-COLUMNS = ["task", "method", "seed", "iteration", "accuracy", "stderr", "target_reward", "seconds"]
+COLUMNS = ["task", "method", "seed", "iteration", "accuracy", "stderr", "target_reward", "tokens"]
 
 
 pytestmark = pytest.mark.slow
@@ -97,7 +97,8 @@ def test_every_method_and_seed_has_one_row_per_iteration(done: Study) -> None:
     assert len(counts) == 6
     assert found["accuracy"].between(0, 1).all()
     assert (found["task"] == "demo").all()
-    assert (found[found["iteration"] == 2]["seconds"] > 0).all()
+    seconds = pd.read_csv(done.study() / "seconds.csv")
+    assert (seconds[seconds["iteration"] == 2]["seconds"] > 0).all()
     assert (found[found["iteration"] == 2]["tokens"] > 0).all()
     learnt = found[(found["method"] != "sft") & (found["iteration"] > 0)]
     assert learnt[["target_reward", "equal"]].notna().all(axis=None)
@@ -152,11 +153,11 @@ def test_the_csv_files_alone_are_enough_to_continue(done: Study, empty: Study) -
     """On another machine: no cell is run again, and the report is the same."""
     study = done.study()
     empty.study().mkdir(parents=True)
-    for name in ("plan.json", "grid.csv", "steps.csv"):
+    for name in ("plan.json", "grid.csv", "seconds.csv", "steps.csv"):
         shutil.copy(study / name, empty.study() / name)
     empty.compare("--folder", "studies/demo")
     assert not (empty.study() / "made").exists()
-    for name in ("results.csv", "grid.csv", "steps.csv", "report.md", "report.html"):
+    for name in ("results.csv", "grid.csv", "seconds.csv", "steps.csv", "report.md", "report.html"):
         assert (empty.study() / name).read_bytes() == (study / name).read_bytes(), name
 
 
@@ -225,17 +226,35 @@ def test_a_killed_study_repeats_no_finished_stage_and_ends_with_the_same_bytes(d
         assert theirs <= ours
 
 
+def test_a_study_that_lost_a_process_says_that_it_can_be_run_again(empty: Study) -> None:
+    del empty.environment[fork_server.ADDRESS]  # its processes are to be its children
+    process = empty.start_study("demo", "--method", "tpaw", "--rates", "1e-3", *OPTIONS[4:], *SETTINGS)
+    while not list(empty.study().glob("cells/*/*/*/.tpaw/cell.lease")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    psutil.Process(process.pid).children()[0].kill()
+    _, said = process.communicate()
+    assert process.returncode == 75
+    assert "error: a process that ran a cell was killed, perhaps because memory ran out; run the same" in said
+
+
 def test_a_method_that_breaks_is_reported_and_the_others_continue(empty: Study) -> None:
-    out = empty.compare(
+    arguments = (
         "demo", "--method", "tpaw", "--method", "broken:training.max_grad_norm=0,training.optim=sgd",
         "--seeds", "1", "--rates", "1e-3,1e30", "--iterations", "1", "--validation-rows", "8",
         "--folder", "studies/broken", *SETTINGS,
-    ).stdout  # fmt: skip
+    )  # fmt: skip
+    out = empty.compare(*arguments).stdout
     assert "stopped: broken, learning rate 1e+30, seed 1: train@1: training:" in out
     assert "not finite (seen at step" in out
     found = results(empty, "broken")
     assert sorted(found[found["iteration"] == 1]["method"]) == ["broken", "tpaw"]
     assert "Runs that stopped" in (empty.study("broken") / "report.html").read_text()
+    before = empty.made("broken")
+    for path in empty.study("broken").glob("*.csv"):
+        path.unlink()
+    assert empty.compare(*arguments).stdout == out, "also where another run of the study found that it breaks"
+    assert empty.made("broken") == before
 
 
 def test_a_study_that_a_stage_refuses_says_which_cell_and_why(empty: Study) -> None:

@@ -98,4 +98,4 @@ def _recording(name: str, asked: list[tuple[str, bool]]) -> Any:
 )
 def test_a_retry_can_help_unless_the_stage_refused(error: Exception, helps: bool) -> None:
     state = SimpleNamespace(result=lambda raise_on_failure: error)
-    assert tpaw.can_help(None, None, state) is helps
+    assert dvc.can_help(None, None, state) is helps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tpaw_core.study import methods, results
 from tpaw_core.study.plan import Cell, Plan
 from tpaw_core.workspace.paths import Workspace
 
+FILES = ("results.csv", results.GRID_FILE, results.SECONDS_FILE, results.STEPS_FILE)
 RATES = [1e-4, 1e-3]
 
 
@@ -159,14 +161,40 @@ def test_the_csv_files_give_back_what_was_written(plan: Plan, tmp_path: Path) ->
     assert found.steps["target_reward"].tolist() == [0.333333, 0.666667] * 2
     results.write_csv(tmp_path / "one", found)
     (tmp_path / "two").mkdir()
-    for name in (results.GRID_FILE, results.STEPS_FILE):
+    for name in (results.GRID_FILE, results.SECONDS_FILE, results.STEPS_FILE):
         (tmp_path / "two" / name).write_bytes((tmp_path / "one" / name).read_bytes())
     again = results.collect(plan, tmp_path / "two")
     pd.testing.assert_frame_equal(again.grid.fillna("-"), found.grid.fillna("-"), check_dtype=False)
     pd.testing.assert_frame_equal(again.steps, found.steps, check_dtype=False)
     results.write_csv(tmp_path / "two", again)
-    for name in (results.GRID_FILE, results.STEPS_FILE, "results.csv"):
+    for name in FILES:
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+
+
+def test_what_was_measured_stands_in_a_file_of_its_own(plan: Plan, tmp_path: Path) -> None:
+    """So that the other files have the same bytes wherever a study runs."""
+    for name, seconds in (("one", 1.5), ("two", 2.5)):
+        complete(tmp_path / name, plan, {})
+        for cell in plan.cells(plan.learning_rates, plan.seeds):
+            train(tmp_path / name, cell, 1, [{"step": 2, "epoch": 1, "tokens": 1}], seconds)
+        results.write_csv(tmp_path / name, results.collect(plan, tmp_path / name))
+    for name in FILES:
+        same = (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+        assert same == (name != results.SECONDS_FILE), name
+
+
+def test_the_seconds_of_an_earlier_version_are_found_in_the_grid(plan: Plan, tmp_path: Path) -> None:
+    complete(tmp_path, plan, {})
+    grid = results.collect(plan, tmp_path).grid
+    shutil.rmtree(tmp_path / "cells")
+    grid.assign(seconds=1.5).to_csv(tmp_path / results.GRID_FILE, index=False)
+    found = results.collect(plan, tmp_path)
+    assert set(found.grid["seconds"]) == {1.5}
+    results.write_csv(tmp_path, found)
+    assert "seconds" not in results.read_csv(tmp_path, results.GRID_FILE)
+    assert set(results.collect(plan, tmp_path).grid["seconds"]) == {1.5}
+    (tmp_path / results.SECONDS_FILE).unlink()
+    assert results.collect(plan, tmp_path).grid["seconds"].isna().all()
 
 
 def test_rows_of_other_parameters_are_kept_and_not_used(plan: Plan, tmp_path: Path) -> None:

@@ -76,6 +76,10 @@ class Cell(NamedTuple):
         return self[:3]
 
     @property
+    def name(self) -> str:
+        return f"{self.method}, learning rate {self.learning_rate:g}, seed {self.seed}"
+
+    @property
     def digest(self) -> str:
         """Of the parameters: cells of a changed plan do not find what others left."""
         return files.digest(self.params.model_dump(mode="json", by_alias=True))[:12]

@@ -1,6 +1,7 @@
 """What came out of a study: a row per cell and checkpoint, and what training did by step; kept as CSV files.
 
-Cells that the files hold need not be run again, on whatever machine: a study grows by seeds.
+Cells that the files hold need not be run again, on whatever machine: a study grows by seeds. The same study gives the
+same bytes, but for seconds.csv, which holds what was measured.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-GRID_FILE, STEPS_FILE = "grid.csv", "steps.csv"
+GRID_FILE, STEPS_FILE, SECONDS_FILE = "grid.csv", "steps.csv", "seconds.csv"
 FAILURE_FILE, SECONDS = Path("failure.txt"), Path("seconds")
 KEY = ["method", "learning_rate", "seed"]
+ROW = [*KEY, "iteration", "params"]
 
 
 class Results(NamedTuple):
@@ -39,7 +41,7 @@ def collect(plan: Plan, folder: Path) -> Results:
     import pandas as pd
 
     cells = plan.cells(plan.learning_rates, plan.seeds)
-    known = read_csv(folder, GRID_FILE)
+    known = _read_grid(folder)
     grid = pd.concat([_cell(folder, cell, known) for cell in cells])
     best = best_rates(plan, grid)
     grid["chosen"] = [rate == best[method] for method, rate in zip(grid["method"], grid["learning_rate"], strict=True)]
@@ -58,6 +60,14 @@ def read_csv(folder: Path, name: str) -> pd.DataFrame:
         return pd.DataFrame()
 
 
+def _read_grid(folder: Path) -> pd.DataFrame:
+    """grid.csv with the seconds; earlier versions kept them in it."""
+    grid, seconds = read_csv(folder, GRID_FILE), read_csv(folder, SECONDS_FILE)
+    if grid.empty or "seconds" in grid:
+        return grid
+    return grid.assign(seconds=float("nan")) if seconds.empty else grid.merge(seconds, "left", ROW)
+
+
 def finished(cell: Cell, known: pd.DataFrame) -> bool:
     """Whether grid.csv, as ``known``, holds all of a cell, made under the same parameters."""
     own = _known(cell, known)
@@ -65,10 +75,12 @@ def finished(cell: Cell, known: pd.DataFrame) -> bool:
 
 
 def write_csv(folder: Path, results: Results) -> None:
-    """results.csv (each method at its best rate), grid.csv and steps.csv; the last two keep cells of earlier plans."""
+    """results.csv (each method at its best rate), and the others, which keep cells of earlier plans."""
+    grid = _and_earlier(results.grid, _read_grid(folder))
     tables = {
-        "results.csv": results.chosen.drop(columns=["chosen", "params", "stopped"]),
-        GRID_FILE: _and_earlier(results.grid, read_csv(folder, GRID_FILE)),
+        "results.csv": results.chosen.drop(columns=["chosen", "params", "stopped", "seconds"]),
+        GRID_FILE: grid.drop(columns="seconds"),
+        SECONDS_FILE: grid[[*ROW, "seconds"]],
         STEPS_FILE: _and_earlier(results.steps, read_csv(folder, STEPS_FILE)),
     }
     for name, table in tables.items():
@@ -156,10 +168,10 @@ def _cell(folder: Path, cell: Cell, known: pd.DataFrame) -> pd.DataFrame:
                 "answer_logp": trained.get("logps_rejected"),
                 "target_active": trained.get("target_active"),
                 "equal": equal_share(workspace.synthetic(iteration)) if iteration else None,
-                "seconds": round(spent, 3),
                 "tokens": round(tokens),
                 "stopped": failure.read_text().strip() if failure.exists() else None,
                 "params": cell.digest,
+                "seconds": round(spent, 3),
             }
         )
     return pd.DataFrame(rows)
