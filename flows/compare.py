@@ -22,7 +22,7 @@ from prefect.states import Cancelled, Crashed, State
 from flows import dvc
 from flows.dvc import RETRY
 from tpaw_core.study import plan
-from tpaw_core.workspace.lease import SECONDS, lease
+from tpaw_core.workspace import lease
 from tpaw_core.workspace.paths import Workspace
 
 DEPLOYMENT = "tpaw-compare/compare"
@@ -63,8 +63,8 @@ def call_crashed(runs: Path) -> None:
     Each run holds a lease in ``runs``, named after it.
     """
     state: State[None] = Crashed(message="its worker died; other runs finished the study")
-    leases = {path: lease(path) for path in runs.glob("*.lease")}
-    deadline = time.monotonic() + 2 * SECONDS
+    leases = {path: lease.of(path) for path in runs.glob("*.lease")}
+    deadline = time.monotonic() + 1.5 * lease.SECONDS
     with get_client(sync_client=True) as client:
         while any(path.exists() for path in leases) and time.monotonic() < deadline:
             for path, claim in leases.items():
@@ -115,7 +115,7 @@ def compare(
     arguments += [part for method in methods or [] for part in ("--method", method)]
     others, runs = share(workers), home / "runs"
     try:
-        with lease(runs / f"{flow_run.id}.lease"):
+        with lease.of(runs / f"{flow_run.id}.lease"):
             run_study([*arguments, *(overrides or [])])
             show_report(home)
     finally:

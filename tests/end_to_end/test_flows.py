@@ -23,7 +23,7 @@ from mlflow import MlflowClient
 from tests.support.workspace import BIN, COMMANDS, Project
 from tpaw_core.artifacts import checkpoint
 from tpaw_core.processes import health
-from tpaw_core.workspace.lease import lease
+from tpaw_core.workspace import lease
 
 pytestmark = pytest.mark.slow
 
@@ -228,7 +228,7 @@ def test_a_study_on_two_workers_one_of_them_killed_gives_the_csv_files_of_one(
 
 def _works_on_a_cell(worker: psutil.Process, folder: Path) -> bool:
     own = {process.pid for process in worker.children(recursive=True)}
-    owners = [lease(path).owner for path in folder.glob("cells/*/*/*/.tpaw/cell.lease")]
+    owners = [lease.of(path).owner for path in folder.glob("cells/*/*/*/.tpaw/cell.lease")]
     return any(owner is not None and owner.pid in own for owner in owners)
 
 

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 from filelock import Timeout
 
-from tpaw_core.workspace.lease import holder, lease
+from tpaw_core.workspace import lease
 
 SECONDS = 1.0
 HOLD = """
 import sys, time
 from pathlib import Path
-from tpaw_core.workspace.lease import lease
+from tpaw_core.workspace import lease
 
-with lease(Path("cell.lease"), float(sys.argv[1])):
+with lease.of(Path("cell.lease"), float(sys.argv[1])):
     print("holds", flush=True)
     sys.stdin.readline()
 """
@@ -43,7 +43,7 @@ def other(tmp_path: Path) -> Iterator[Process]:
 @pytest.fixture
 def take(tmp_path: Path) -> Callable[[], bool]:
     """Tries to get the lease; keeps it where that succeeds."""
-    own = lease(tmp_path / "cell.lease", SECONDS)
+    own = lease.of(tmp_path / "cell.lease", SECONDS)
 
     def take() -> bool:
         try:
@@ -64,9 +64,10 @@ def elsewhere(path: Path) -> None:
 
 def test_two_never_have_it(other: Process, take: Callable[[], bool], tmp_path: Path) -> None:
     assert not take()
-    assert str(holder(lease(tmp_path / "cell.lease", SECONDS))).startswith(f"process {other.pid} on ")
+    own = lease.of(tmp_path / "cell.lease", SECONDS)
+    assert lease.name(own.owner).startswith(f"process {other.pid} on ")
     other.communicate("\n", timeout=10)
-    assert holder(lease(tmp_path / "cell.lease", SECONDS)) is None
+    assert own.owner is None
     assert take()
 
 
@@ -109,3 +110,14 @@ def test_a_process_that_was_taken_for_dead_ends_itself(other: Process, take: Cal
     _, said = other.communicate()
     assert "cell.lease: was taken by another process" in said
     assert "run the same command again" in said
+
+
+def test_what_else_a_dead_process_had_is_freed_and_nothing_of_others(other: Process, tmp_path: Path) -> None:
+    """Silence has to be waited for once only."""
+    dead = lease.of(tmp_path / "cell.lease", SECONDS).owner
+    assert dead is not None
+    with lease.of(tmp_path / "made" / "mine.lease") as mine:
+        (tmp_path / "made" / "its.lease").write_text((tmp_path / "cell.lease").read_text())
+        lease.free(tmp_path / "made", dead)
+        assert [path.name for path in (tmp_path / "made").iterdir()] == ["mine.lease"]
+        assert mine.is_locked

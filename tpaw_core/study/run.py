@@ -19,7 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,7 @@ from tpaw_core.stages.weights import weights
 from tpaw_core.study import results, stage_graph
 from tpaw_core.study.plan import PLAN_FILE, Cell, Plan
 from tpaw_core.study.results import Results
-from tpaw_core.workspace import files
-from tpaw_core.workspace.lease import holder, lease
+from tpaw_core.workspace import files, lease
 from tpaw_core.workspace.paths import Workspace
 
 logger = logging.getLogger(__name__)
@@ -75,7 +74,7 @@ def run(workspace: Workspace, plan: Plan, folder: Path) -> Results:
 
 def one_writer(folder: Path) -> SoftFileLease:
     """Hold this while you write the study's results or reports: every run of the study does."""
-    return lease(folder / "results.lease")
+    return lease.of(folder / "results.lease")
 
 
 def _write(plan: Plan, folder: Path) -> Results:
@@ -92,7 +91,7 @@ def _run_cells(workspace: Workspace, folder: Path, cells: list[Cell], what: str)
     cells = [cell for cell in cells if not results.finished(cell, known)]
     if not cells:
         return
-    cells.sort(key=lambda cell: cell.workspace(folder).metrics(len(cell.params.iterations)).exists())  # new work first
+    cells.sort(key=partial(_has_ended, folder))  # what is left to do comes first
     os.environ["TQDM_DISABLE"] = "1"  # the bars of many cells would overwrite one another
     graph = workspace.root / stage_graph.GRAPH_FILE
     progress = Progress(sum(len(stage_graph.read_graph(graph, cell.params)) for cell in cells), what)
@@ -155,22 +154,28 @@ def _work(workspace: Workspace, folder: Path, cell: Cell) -> str | None:
 def _run_cell(workspace: Workspace, folder: Path, cell: Cell, tick: Callable[[], None]) -> str | None:
     """Bring a cell's stages up to date; where another process does so, wait a second and say which."""
     claim = _claim(cell.workspace(folder).state / "cell.lease")
-    before = holder(claim)
+    before = claim.owner
     try:
         held = claim.acquire(blocking=False)
     except Timeout:
         time.sleep(1)
-        return holder(claim) or "another process"
+        return lease.name(before)
     with held:
-        if before:
-            logger.info("%s: taken over from %s", cell.name, before)
+        if before and not _has_ended(folder, cell):
+            logger.info("%s: taken over from %s, which has died", cell.name, lease.name(before))
+            lease.free(folder / "made", before)
         _bring_up_to_date(workspace, folder, cell, tick)
     return None
 
 
+def _has_ended(folder: Path, cell: Cell) -> bool:
+    home = cell.workspace(folder)
+    return home.metrics(len(cell.params.iterations)).exists() or (home.root / results.FAILURE_FILE).exists()
+
+
 @cache  # the same object each time: it remembers when it saw a sign of life
 def _claim(path: Path) -> SoftFileLease:
-    return lease(path)
+    return lease.of(path)
 
 
 def _bring_up_to_date(workspace: Workspace, folder: Path, cell: Cell, tick: Callable[[], None]) -> None:
@@ -204,7 +209,7 @@ def _make(made: Path, stage: stage_graph.Stage, context: Context) -> None:
     """
     root = context.workspace.root
     kept = made / stage_graph.key(context.workspace, stage, context.params)
-    with nullcontext() if kept.exists() else lease(Path(f"{kept}.lease")):
+    with nullcontext() if kept.exists() else lease.of(Path(f"{kept}.lease")):
         if not kept.exists():
             _make_and_keep(kept, stage, context)
     if (diverged := kept / results.FAILURE_FILE).exists():

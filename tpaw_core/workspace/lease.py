@@ -12,13 +12,13 @@ import signal
 import sys
 from pathlib import Path
 
-from filelock import LeaseCompromise, SoftFileLease
+from filelock import LeaseCompromise, OwnerRecord, SoftFileLease
 
-SECONDS = 180.0  # NFS shows a change after up to 60 s, and a busy process may be silent for some time
+SECONDS = 120.0  # NFS shows a change after up to 60 s, and a busy process may be silent for some time
 BEAT = 5.0
 
 
-def lease(path: Path, seconds: float = SECONDS) -> SoftFileLease:
+def of(path: Path, seconds: float = SECONDS) -> SoftFileLease:
     """The lease at ``path``; all processes must give it the same ``seconds``.
 
     `with` waits for it; `acquire(blocking=False)` raises filelock.Timeout where another process has it. Ask the same
@@ -31,10 +31,17 @@ def lease(path: Path, seconds: float = SECONDS) -> SoftFileLease:
     )
 
 
-def holder(lease: SoftFileLease) -> str | None:
-    """Who has it, in words; None where nobody has."""
-    owner = lease.owner
-    return f"process {owner.pid} on {owner.hostname.partition('?')[0]}" if owner else None
+def name(owner: OwnerRecord | None) -> str:
+    """A holder in words."""
+    return f"process {owner.pid} on {owner.hostname.partition('?')[0]}" if owner else "another process"
+
+
+def free(folder: Path, dead: OwnerRecord) -> None:
+    """Free all leases in a folder that one process has of which you know that it is dead."""
+    for path in folder.glob("*.lease"):
+        held = of(path)
+        if (owner := held.owner) and (owner.pid, owner.hostname, owner.start) == (dead.pid, dead.hostname, dead.start):
+            held.force_break()
 
 
 def _end_this_process(lost: LeaseCompromise) -> None:
