@@ -210,7 +210,7 @@ def test_a_study_on_two_workers_one_of_them_killed_gives_the_csv_files_of_one(
     )
     watching = served.start(*study("1-3", tuning_seeds="3", workers="2"))
     try:
-        while not _works_on_a_cell(second, shared):
+        while len(list(shared.glob("made/*/seconds"))) < 10 or not _works_on_a_cell(second, shared):
             assert watching.poll() is None, watching.communicate()
             time.sleep(0.05)
     finally:
