@@ -201,15 +201,15 @@ def test_a_study_on_two_workers_one_of_them_killed_gives_the_csv_files_of_one(
 ) -> None:
     alone, shared = (served.folder / "studies" / name for name in ("alone", "demo"))
     asked = ["--method", "tpaw", "--method", "sft", "--seeds", "1-3", "--rates", "1e-3", "--iterations", "1"]
-    served.run("tpaw", "compare", *asked, "--validation-rows", "6", "--tuning-seeds", "3", "--folder", str(alone))
     second = psutil.Popen(
         [BIN / "prefect", "worker", "start", "--pool", "tpaw", "--type", "process", "--limit", "1"],
         cwd=served.folder,
         env={**served.environment, "MLFLOW_TRACKING_URI": client.tracking_uri, "PREFECT_WORKER_QUERY_SECONDS": "1"},
         start_new_session=True,
     )
-    watching = served.start(*study("1-3", tuning_seeds="3", workers="2"))
     try:
+        served.run("tpaw", "compare", *asked, "--validation-rows", "6", "--tuning-seeds", "3", "--folder", str(alone))
+        watching = served.start(*study("1-3", tuning_seeds="3", workers="2"))
         while len(list(shared.glob("made/*/seconds"))) < 10 or not _works_on_a_cell(second, shared):
             assert watching.poll() is None, watching.communicate()
             time.sleep(0.05)
