@@ -208,3 +208,13 @@ def test_dash_c_works_on_another_folder(
 def test_dash_c_with_what_is_not_a_folder_is_refused(tpaw: Tpaw) -> None:
     done = tpaw("-C", "nothing", "data")
     assert (done.returncode, done.stderr) == (1, "error: -C nothing: not a folder\n")
+
+
+def test_a_stage_takes_no_part_in_the_job_that_it_is_started_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "8"}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["tpaw", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert not job.keys() & os.environ.keys()

@@ -5,6 +5,7 @@ Heavy imports happen inside the commands, so that `tpaw --help` answers at once.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +38,8 @@ _workspace = Workspace()
 
 def main() -> None:
     """Run a command; an error is one message on stderr and exit status 1, with a traceback only on request."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # of a job that this stage is no part of: torch would wait for it
+        os.environ.pop(name, None)
     if (status := fork_server.ask("tpaw", sys.argv[1:])) is not None:
         sys.exit(status)
     show = "--traceback" in sys.argv
