@@ -23,7 +23,8 @@ def side(arguments: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from tpaw_core.artifacts import adapters
-    from tpaw_core.config.params import Lora, Objective, Optimisation
+    from tpaw_core.config.optimisation import Optimisation
+    from tpaw_core.config.params import Lora, Objective
     from tpaw_core.engine import scoring
     from tpaw_core.engine.training import loop
     from tpaw_core.engine.training.batches import Group

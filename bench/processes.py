@@ -35,7 +35,9 @@ def timed(policy: Any, *, on_log: Any, **options: Any) -> list[dict[str, float]]
 
 def side(arguments: argparse.Namespace) -> dict[str, float]:
     from bench import processes as own
-    from tpaw_core.config.params import Machine, Objective, Optimisation
+    from tpaw_core.config.machine import Machine
+    from tpaw_core.config.optimisation import Optimisation
+    from tpaw_core.config.params import Objective
     from tpaw_core.engine.training.batches import Group
     from tpaw_core.launch import training
     from tpaw_core.launch.source import Source

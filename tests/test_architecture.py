@@ -46,7 +46,8 @@ import importlib.util
 from pathlib import Path
 
 assert not any(map(importlib.util.find_spec, ("prefect", "mlflow", "dvc")))
-from tpaw_core.config.params import Objective, Optimisation, Scratch
+from tpaw_core.config.optimisation import Optimisation
+from tpaw_core.config.params import Objective, Scratch
 from tpaw_core.engine import scoring, scratch
 from tpaw_core.engine.training import loop
 from tpaw_core.engine.training.batches import Group

@@ -172,10 +172,8 @@ def compare(
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="The study's folder; default: studies/RECIPE.")] = None,
 ) -> None:
-    """Compare methods on a recipe over several seeds, with 95% intervals; finished runs are reused.
-
-    The same command may run several times at once, also on machines that share this folder: they divide the work.
-    """
+    """Compare methods over several seeds, with 95% intervals. The same command, run on several machines that share
+    this folder, divides the work among them; finished work is reused."""
     from tpaw_core.processes import parent
     from tpaw_core.study import mlflow_runs, page, plan, results
     from tpaw_core.study.run import one_writer, run
@@ -184,13 +182,8 @@ def compare(
     recipe, given = _apart(recipe, overrides)
     home, planned = plan.make(
         _workspace, recipe, given,
-        methods=methods,
-        seeds=seeds,
-        learning_rates=rates,
-        iterations=iterations,
-        tuning_seeds=tuning_seeds,
-        validation_rows=validation_rows,
-        folder=folder,
+        methods=methods, seeds=seeds, learning_rates=rates, iterations=iterations, tuning_seeds=tuning_seeds,
+        validation_rows=validation_rows, folder=folder,
     )  # fmt: skip
     found = run(_workspace, planned, home)
     print("\n".join([page.table(planned, found), *(f"stopped: {why}" for why in results.failures(found.grid))]))

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tpaw_core.config import params_file
-from tpaw_core.config.params import Lora, Machine
+from tpaw_core.config.machine import Machine
+from tpaw_core.config.params import Lora
 from tpaw_core.errors import TpawError
 from tpaw_core.workspace import files
 from tpaw_core.workspace.paths import Workspace
@@ -156,6 +157,10 @@ def test_the_batch_sizes_of_earlier_versions_are_their_product(tmp_path: Path) -
         (["training.sharded=true"], "training.sharded: needs several processes; set machine.processes to 2 or more"),
         (["sft.sharded=true", "machine.processes=2"], "sft.sharded: a model from scratch is small enough"),
         (["training.cpu_offload=true"], "cpu_offload: works on a sharded model; set sharded=true as well"),
+        (
+            ["machine.launch=srun", "training.bf16=auto"],
+            "training.bf16: auto asks the machine of the stage, and machine.launch may start processes on others",
+        ),
         (["machine.nodes=2"], "launch: name what starts processes on several nodes"),
         (["machine.processes=3", "machine.tensor_parallel=2"], "tensor_parallel: must divide processes, which is 3"),
         (["machine.processes=2", "machine.tensor_parallel=2"], "machine.tensor_parallel: only vllm divides a model"),

@@ -11,7 +11,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tpaw_core.config.params import Generation, Objective, Optimisation
+from tpaw_core.config.optimisation import Optimisation
+from tpaw_core.config.params import Generation, Objective
 from tpaw_core.data.endings import Ending
 from tpaw_core.engine import scoring, suitability
 from tpaw_core.engine.generation import in_process

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tpaw_core.config.params import Objective, Optimisation
+from tpaw_core.config.optimisation import Optimisation
+from tpaw_core.config.params import Objective
 from tpaw_core.engine import scoring
 from tpaw_core.engine.training import loop
 from tpaw_core.engine.training.batches import Group

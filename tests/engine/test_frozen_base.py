@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tpaw_core.artifacts import adapters
-from tpaw_core.config.params import Lora, Objective, Optimisation
+from tpaw_core.config.optimisation import Optimisation
+from tpaw_core.config.params import Lora, Objective
 from tpaw_core.engine import scoring
 from tpaw_core.engine.logps import token_logps
 from tpaw_core.engine.training import loop

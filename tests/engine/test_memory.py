@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tpaw_core.config.params import Optimisation
+from tpaw_core.config.optimisation import Optimisation
 from tpaw_core.engine import memory
 
 

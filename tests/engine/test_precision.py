@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tpaw_core.artifacts import checkpoint
-from tpaw_core.config.params import Objective, Optimisation
+from tpaw_core.config.optimisation import Optimisation
+from tpaw_core.config.params import Objective
 from tpaw_core.engine import precision, scoring
 from tpaw_core.engine.training import loop
 from tpaw_core.engine.training.batches import Group

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tpaw_core.config.params import Objective, Optimisation
+from tpaw_core.config.optimisation import Optimisation
+from tpaw_core.config.params import Objective
 from tpaw_core.engine import packing, scoring
 from tpaw_core.engine.training import loop
 from tpaw_core.engine.training.batches import Group, prompt_group

@@ -7,7 +7,8 @@ import pytest
 
 from tests.support import ranks
 from tests.support.ranks import TWO
-from tpaw_core.config.params import Generation, Machine
+from tpaw_core.config.machine import Machine
+from tpaw_core.config.params import Generation
 from tpaw_core.data.endings import Ending
 from tpaw_core.launch.generation import generate
 from tpaw_core.launch.source import Source

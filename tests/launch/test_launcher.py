@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from tests.support import ranks
 from tests.support.ranks import TWO
-from tpaw_core.config.params import Machine
+from tpaw_core.config.machine import Machine
 from tpaw_core.errors import TpawError, Unavailable
 from tpaw_core.launch import launcher
 from tpaw_core.launch.journal import Journal

@@ -13,7 +13,8 @@ import torch
 from tests.support import ranks
 from tests.support.ranks import TWO
 from tpaw_core.artifacts import adapters
-from tpaw_core.config.params import Lora, Machine
+from tpaw_core.config.machine import Machine
+from tpaw_core.config.params import Lora
 from tpaw_core.engine.training import loop
 from tpaw_core.errors import Diverged, TpawError, Unavailable
 from tpaw_core.launch.source import Source

@@ -21,7 +21,9 @@ from transformers import (
     set_seed,
 )
 
-from tpaw_core.config.params import Machine, Objective, Optimisation
+from tpaw_core.config.machine import Machine
+from tpaw_core.config.optimisation import Optimisation
+from tpaw_core.config.params import Objective
 from tpaw_core.engine import attention, ranks
 from tpaw_core.engine.packer import packer
 from tpaw_core.engine.packing import PromptGroup

@@ -6,14 +6,13 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from tpaw_core.config.machine import Machine
+from tpaw_core.config.optimisation import Optimisation, Sft
+from tpaw_core.config.section import Count, Fraction, NotNegative, Positive, Section
 from tpaw_core.workspace.files import digest
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["float32", "bfloat16"]
 # In which policies are scored and trained: float32 weights and products; bfloat16 products; a bfloat16 base under LoRA;
 # bfloat16 weights, as the layers of a sharded model compute.
@@ -26,10 +25,6 @@ NOT_FOR_THE_TEMPLATE = {
     *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
     *("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
 }
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Scratch(Section):
@@ -102,94 +97,6 @@ class Data(Section):
     max_skipped: Fraction = 0.01  # share of unusable rows above which a stage stops
 
 
-# Of optimisers that do not take a tensor that is divided among processes.
-WHOLE_ONLY = ("bnb", "paged", "8bit", "adafactor")
-EARLIER = {"per_device_train_batch_size", "gradient_accumulation_steps"}
-
-
-def one_batch_size(section: Any) -> None:
-    """Replace the keys of earlier versions by their product, the prompts of one step."""
-    if isinstance(section, dict) and "per_device_train_batch_size" in section and "train_batch_size" not in section:
-        numbers = section["per_device_train_batch_size"], section.get("gradient_accumulation_steps", 1)
-        if all(type(number) is int and number > 0 for number in numbers):
-            section["train_batch_size"] = numbers[0] * numbers[1]
-            for name in EARLIER & section.keys():
-                del section[name]
-
-
-class Optimisation(Section):
-    """What sft and training share; a field is transformers.TrainingArguments' field of the same name, if it has one."""
-
-    learning_rate: Positive
-    num_train_epochs: Positive
-    # Prompts per optimiser step on all processes together, each with its target and (in training) all responses.
-    train_batch_size: Count
-    max_tokens: Count = 4096  # most tokens of one forward and backward pass; a longer batch is cut into several
-    sharded: bool = False  # FSDP2: weights, gradients and optimiser state are divided among machine.processes
-    cpu_offload: bool = (
-        False  # of a sharded model: they lie in main memory, and the accelerator has one layer at a time
-    )
-    optim: str = "adamw_torch"
-    weight_decay: NotNegative = 0.0
-    lr_scheduler_type: str = "linear"
-    warmup_ratio: Fraction = 0.1
-    max_grad_norm: NotNegative = 1.0
-    bf16: Literal[True, False, "auto"] = False  # auto: where the device multiplies bfloat16 faster than float32
-    activation_checkpointing: bool = False
-    save_steps: Count = 100  # a multiple of logging_steps, so that a resumed log equals an uninterrupted one
-    logging_steps: Count = 10
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_batch_size(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        given = dict(given)
-        one_batch_size(given)
-        if EARLIER & given.keys():
-            raise ValueError(f"set train_batch_size, which replaces {' x '.join(sorted(EARLIER, reverse=True))}")
-        return given
-
-    @model_validator(mode="after")
-    def _agree_with_itself(self) -> Optimisation:
-        if self.save_steps % self.logging_steps:
-            raise ValueError(f"save_steps: must be a multiple of logging_steps ({self.logging_steps})")
-        if self.cpu_offload and not self.sharded:
-            raise ValueError("cpu_offload: works on a sharded model; set sharded=true as well")
-        whole = any(word in self.optim for word in WHOLE_ONLY) and not self.optim.startswith("adamw_torch")
-        if self.sharded and whole:
-            raise ValueError(
-                f"optim: {self.optim} does not work on a sharded model; use adamw_torch, rmsprop or adamw_torch_8bit"
-            )
-        return self
-
-
-class Sft(Optimisation):
-    enabled: bool = True  # false: checkpoint 0 is model.model_name_or_path as it is
-
-
-class Machine(Section):
-    """Where stages run. It decides no bytes but rounding, so nothing is made again when it changes."""
-
-    processes: Count = 1  # on each node, one accelerator each
-    nodes: Count = 1
-    tensor_parallel: Count = 1  # accelerators that share one copy of the weights in vllm; the others hold more copies
-    launch: str | None = None  # words that start the processes, before those of the worker; null: torchrun, here
-    timeout: Count = 7200  # seconds that one process waits for another
-
-    @property
-    def world_size(self) -> int:
-        return self.processes * self.nodes
-
-    @model_validator(mode="after")
-    def _possible(self) -> Machine:
-        if self.processes % self.tensor_parallel:
-            raise ValueError(f"tensor_parallel: must divide processes, which is {self.processes}")
-        if self.nodes > 1 and self.launch is None:
-            raise ValueError("launch: name what starts processes on several nodes; docs/scale.md has examples")
-        return self
-
-
 class Generation(Section):
     backend: Literal["transformers", "vllm"] = "transformers"
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of the weights; auto: what the device multiplies faster
@@ -205,7 +112,7 @@ class Team(Section):
     size: Count = 3
     players: Count | None = None  # how many of the newest members judge; every member is an opponent. null: all judge
     # Iterations, or digests of checkpoints (8 characters or more), that never play.
-    exclude: list[int | Annotated[str, Field(pattern="^[0-9a-f]{8,64}$")]] = []
+    exclude: list[int | Annotated[str, Field(pattern="^[0-9a-f]{8,64}$")]] = Field(default_factory=list)
 
 
 class Objective(Section):
@@ -223,7 +130,7 @@ class Objective(Section):
 class Evaluation(Section):
     """lm-evaluation-harness tasks by name; `heldout` and `validation` are this project's, on data/<name>.jsonl."""
 
-    tasks: Annotated[list[str], Field(min_length=1)] = ["heldout"]
+    tasks: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["heldout"])
     primary: str = "heldout"
     metric: str = "exact_match"
     answer_pattern: str = r"#### (\-?[0-9\.\,]+)"
@@ -276,6 +183,15 @@ class Params(Section):
         sharded = [name for name in ("sft", "training") if getattr(self, name).sharded]
         if sharded and self.machine.world_size == 1:
             raise ValueError(f"{sharded[0]}.sharded: needs several processes; set machine.processes to 2 or more")
+        precisions: dict[str, object] = {"generation.dtype": self.generation.dtype}
+        if self.lora is None:
+            precisions |= {"sft.bf16": self.sft.bf16, "training.bf16": self.training.bf16}
+        auto = next((key for key, value in precisions.items() if value == "auto"), None)
+        if auto is not None and self.machine.launch is not None:
+            raise ValueError(
+                f"{auto}: auto asks the machine of the stage, and machine.launch may start processes on others; say "
+                "what those multiply faster"
+            )
         if self.machine.tensor_parallel > 1 and self.generation.backend != "vllm":
             raise ValueError("machine.tensor_parallel: only vllm divides a model; set generation.backend=vllm")
         if self.sft.sharded and self.model.model_name_or_path is None:

@@ -15,7 +15,9 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
-from tpaw_core.config.params import Iteration, Params, Section, one_batch_size
+from tpaw_core.config.optimisation import one_batch_size
+from tpaw_core.config.params import Iteration, Params
+from tpaw_core.config.section import Section
 from tpaw_core.errors import TpawError
 from tpaw_core.workspace import files
 from tpaw_core.workspace.paths import Workspace

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tpaw_core.config.params import Optimisation
+    from tpaw_core.config.optimisation import Optimisation
 
 # Bytes per parameter that an optimiser keeps beside float32 weights and gradients.
 STATES = {"adamw_torch_8bit": 2, "adamw": 8, "adam": 8, "rmsprop": 4, "adagrad": 4, "sgd": 0, "lion": 4, "adafactor": 1}

@@ -17,7 +17,8 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tpaw_core.config.params import Optimisation, Precision
+    from tpaw_core.config.optimisation import Optimisation
+    from tpaw_core.config.params import Precision
 
 CPU_FLAGS = Path("/proc/cpuinfo")
 MULTIPLY = {"amx_bf16", "avx512_bf16"}  # without them a processor emulates bfloat16, many times slower

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tpaw_core.config.params import Generation, Machine
+from tpaw_core.config.machine import Machine
+from tpaw_core.config.params import Generation
 from tpaw_core.data.endings import Response
 from tpaw_core.data.tokens import Ids
 from tpaw_core.engine import ranks

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tpaw_core import errors
-from tpaw_core.config.params import Machine
+from tpaw_core.config.machine import Machine
 from tpaw_core.errors import TpawError, Unavailable
 from tpaw_core.workspace import files
 

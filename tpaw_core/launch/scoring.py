@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from tpaw_core.artifacts.pretrained import Sharding
-from tpaw_core.config.params import Machine
+from tpaw_core.config.machine import Machine
 from tpaw_core.data.tokens import Pair
 from tpaw_core.engine import ranks, scoring
 from tpaw_core.launch import launcher

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tpaw_core.artifacts.pretrained import Sharding
-from tpaw_core.config.params import Machine, Optimisation
+from tpaw_core.config.machine import Machine
+from tpaw_core.config.optimisation import Optimisation
 from tpaw_core.engine import ranks
 from tpaw_core.launch import launcher
 from tpaw_core.launch.journal import Journal

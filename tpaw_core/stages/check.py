@@ -17,7 +17,7 @@ from tpaw_core.stages.context import Context
 from tpaw_core.stages.storage import readable
 
 if TYPE_CHECKING:
-    from tpaw_core.config.params import Optimisation
+    from tpaw_core.config.optimisation import Optimisation
 
 PROBED = 2e9  # bytes of weights; a larger model is probed when `sft` has loaded it, and a line says so
 COPIES = 2  # of a checkpoint on disk: in the workspace and in DVC's cache

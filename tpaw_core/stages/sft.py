@@ -11,7 +11,7 @@ from tpaw_core.artifacts import checkpoint
 from tpaw_core.artifacts.checkpoint import Base
 from tpaw_core.artifacts.encoded import read_encoded, read_encoding
 from tpaw_core.artifacts.training_log import write_log
-from tpaw_core.config.params import Optimisation
+from tpaw_core.config.optimisation import Optimisation
 from tpaw_core.data.tokens import Pairs
 from tpaw_core.launch.source import FromScratch, Source
 from tpaw_core.stages import members, storage

@@ -21,7 +21,8 @@ from tpaw_core.stages.members import Members, base_of
 from tpaw_core.workspace import files
 
 if TYPE_CHECKING:
-    from tpaw_core.config.params import Objective, Optimisation
+    from tpaw_core.config.optimisation import Optimisation
+    from tpaw_core.config.params import Objective
     from tpaw_core.data.encoding import EncodedRows
     from tpaw_core.data.tokens import TokenRows
     from tpaw_core.engine.training.batches import Groups

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from pydantic import Field, PrivateAttr, ValidationError
 
 from tpaw_core.config import params_file
-from tpaw_core.config.params import Count, Params, Positive, Section
+from tpaw_core.config.params import Count, Params, Positive
+from tpaw_core.config.section import Section
 from tpaw_core.errors import TpawError
 from tpaw_core.study.methods import find as find_methods
 from tpaw_core.workspace import files, records

@@ -28,7 +28,8 @@ from tpaw_core.errors import TpawError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tpaw_core.config.params import Objective, Optimisation
+    from tpaw_core.config.optimisation import Optimisation
+    from tpaw_core.config.params import Objective
 
 logger = logging.getLogger(__name__)
 
