@@ -159,7 +159,7 @@ def test_the_batch_sizes_of_earlier_versions_are_their_product(tmp_path: Path) -
         (["training.cpu_offload=true"], "cpu_offload: works on a sharded model; set sharded=true as well"),
         (
             ["machine.launch=srun", "training.bf16=auto"],
-            "training.bf16: auto asks the machine of the stage, and machine.launch may start processes on others",
+            "training.bf16: auto picks the precision that is faster here, but machine.launch may start",
         ),
         (["machine.nodes=2"], "launch: name what starts processes on several nodes"),
         (["machine.processes=3", "machine.tensor_parallel=2"], "tensor_parallel: must divide processes, which is 3"),

@@ -189,8 +189,8 @@ class Params(Section):
         auto = next((key for key, value in precisions.items() if value == "auto"), None)
         if auto is not None and self.machine.launch is not None:
             raise ValueError(
-                f"{auto}: auto asks the machine of the stage, and machine.launch may start processes on others; say "
-                "what those multiply faster"
+                f"{auto}: auto picks the precision that is faster here, but machine.launch may start processes "
+                "on other machines; set the precision explicitly"
             )
         if self.machine.tensor_parallel > 1 and self.generation.backend != "vllm":
             raise ValueError("machine.tensor_parallel: only vllm divides a model; set generation.backend=vllm")

@@ -120,7 +120,7 @@ def _settings(context: Context, iteration: int) -> Optimisation:
     if scored == "bfloat16_base":
         return precision.on_a_base(settings)
     if scored not in (None, "float32") and settings.sharded != (scored == "bfloat16_weights"):
-        asked = f"training.sharded={str(settings.sharded).lower()} rounds in other places"
+        asked = f"training.sharded={str(settings.sharded).lower()} rounds weights at a different point"
         raise TpawError(f"{path}: was scored in {scored}, but {asked}; recreate it {how}")
     if scored is not None and settings.bf16 != "auto" and settings.bf16 != (scored != "float32"):
         asked = f"training.bf16={str(settings.bf16).lower()} asks for the other precision"
