@@ -28,12 +28,14 @@ class Shape:
 
 
 SHAPES = {
+    "tiny": Shape(6, 5, 100, 32, 64, 2, 4, 2, 4, 1, 4),  # for a test that the benchmarks run
     "long": Shape(100, 100, 32000, 256, 768, 4, 8, 8, 16, 2, 8),  # a 12M-parameter model
     "short": Shape(25, 20, 512, 128, 384, 3, 4, 4, 32, 20, 32),  # the demo's
     "wide": Shape(100, 100, 8192, 512, 1536, 4, 16, 16, 16, 2, 8),
     "answers": Shape(60, 250, 32000, 256, 768, 4, 8, 8, 8, 2, 4),
     "prompts": Shape(300, 40, 32000, 256, 768, 4, 8, 8, 8, 2, 4),
     "135m": Shape(100, 50, 49152, 576, 1536, 30, 9, 3, 4, 1, 4),  # SmolLM2-135M's
+    "smollm2": Shape(60, 60, 49152, 576, 1536, 30, 9, 3, 8, 1, 4),  # the same with shorter texts
     "qwen2.5-1.5b": Shape(256, 256, 151936, 1536, 8960, 28, 12, 2, 16, 3, 4),  # for an accelerator
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -136,12 +136,18 @@ def _policy(model: PreTrainedModel, groups: Iterable[PromptGroup], pad_id: int) 
                 model.config.use_cache = cached  # Trainer has turned it off, and it would be saved so
 
 
-def _arguments(model: PreTrainedModel, settings: Optimisation, seed: int, state: Path, rows: int) -> TrainingArguments:
-    need_checkpointing(model, settings)
+def _arguments(
+    model: PreTrainedModel, settings: Optimisation, seed: int, state: Path, rows: int, *, probing: bool = False
+) -> TrainingArguments:
+    """``probing``: for a layer instead of a model, which checkpoints no activations."""
+    if not probing:
+        need_checkpointing(model, settings)
     batch = settings.train_batch_size
     bf16 = fastest().precision == "bfloat16" if settings.bf16 == "auto" else settings.bf16
     # new in transformers 5.18
-    checkpointing: dict[str, Any] = {"activation_checkpointing": True} if settings.activation_checkpointing else {}
+    checkpointing: dict[str, Any] = {}
+    if settings.activation_checkpointing and not probing:
+        checkpointing["activation_checkpointing"] = True
     steps = math.ceil(rows / batch) * settings.num_train_epochs
     arguments = TrainingArguments(
         output_dir=str(state),
@@ -187,10 +193,12 @@ def need_checkpointing(model: PreTrainedModel, settings: Optimisation) -> None:
 
 def probe(section: str, settings: Optimisation) -> None:
     """One step of a small layer with the section's optimiser and schedule. Raises TpawError if it fails."""
-    layer, plain = torch.nn.Linear(2, 2), settings.model_copy(update={"activation_checkpointing": False})
+    layer = torch.nn.Linear(2, 2)
     try:
         with tempfile.TemporaryDirectory(prefix="tpaw-probe-") as folder:
-            trainer = Trainer(layer, _arguments(cast("PreTrainedModel", layer), plain, 0, Path(folder), rows=100))
+            trainer = Trainer(
+                layer, _arguments(cast("PreTrainedModel", layer), settings, 0, Path(folder), rows=100, probing=True)
+            )
             trainer.create_optimizer_and_scheduler(100)
             layer(torch.ones(1, 2, device=layer.weight.device)).sum().backward()
             assert trainer.optimizer is not None
