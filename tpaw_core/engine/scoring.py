@@ -6,7 +6,7 @@ Needs torch and a model; must not know teams, stages or services.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from tpaw_core.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-T = TypeVar("T")
 
 
 @torch.inference_mode()

@@ -153,15 +153,13 @@ class Members:
 
         Raises TpawError as `source`, and where a server would not load the base as it is trained.
         """
-        context = self._context
-        base, adapter = self._parts(iteration)
-        if context.params.lora is None:
-            return str(context.workspace.checkpoint(iteration)), None
-        source, revision = place(context, base)
-        need_servable(source, pretrained.load_config(source, revision), self._dtype)
-        if revision is not None:  # a server takes a folder or a hub id
-            source = pretrained.snapshot(source, revision)
-        return source, None if adapter is None else (adapter, adapters.rank(adapter))
+        found = self.source(iteration)
+        if not found.is_base:
+            return found.place, None
+        need_servable(found.place, pretrained.load_config(found.place, found.revision), self._dtype)
+        # A server takes a folder or a hub id.
+        whole = found.place if found.revision is None else pretrained.snapshot(found.place, found.revision)
+        return whole, None if found.adapter is None else (found.adapter, adapters.rank(found.adapter))
 
     def _parts(self, iteration: int) -> tuple[Base, Path | None]:
         base, adapter = base_of(self._context, iteration)
